@@ -1,0 +1,51 @@
+# Everything a newcomer, a developer and the continuous integration run. `make help` lists it.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+BENCH_INSTALLED := $(VENV)/.installed-bench
+
+.PHONY: help install demo test test-long lint types format bench clean
+
+help:  ## Show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
+
+install: $(INSTALLED)  ## Make the virtual environment with the versions of constraints.txt
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "curvdiag needs Python 3.11 or newer; say which: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[digits,dev]'
+	@touch $@
+
+demo: $(INSTALLED)  ## Train a small network with the monitor attached; pictures in runs/demo/
+	$(BIN)/curvdiag demo --out runs/demo
+
+test: $(INSTALLED) lint types  ## Lint, types and the test suite
+	$(BIN)/python -m pytest
+
+test-long: $(INSTALLED)  ## The tests that take minutes
+	$(BIN)/python -m pytest -m long
+
+lint: $(INSTALLED)  ## Style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(INSTALLED)  ## Static types
+	$(BIN)/mypy
+
+format: $(INSTALLED)  ## Rewrite the files in the house style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(BENCH_INSTALLED): $(INSTALLED) benchmarks/requirements.txt
+	$(BIN)/python -m pip install --quiet --no-deps --requirement benchmarks/requirements.txt
+	@touch $@
+
+bench: $(BENCH_INSTALLED)  ## Speed beside the other libraries, as ratios in one run; results in benchmarks/results/
+	$(BIN)/python benchmarks/run.py
+
+clean:  ## Remove the environment and everything that was made
+	rm -rf $(VENV) build dist *.egg-info runs .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,5 @@
+"""``python -m curvdiag.cli``, the same as the command ``curvdiag``."""
+
+from curvdiag.cli import main
+
+main()

@@ -1,0 +1,253 @@
+"""What a loss is made of: one number and one weight for each sample, or only a mean over all of them.
+
+For samples ``i`` with totals ``t_i`` and counts ``c_i`` the value on a batch is ``sum t_i / sum c_i``. A count is
+1 for a plain mean, a sample's class weight, or its number of tokens that are not padding.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from curvdiag.data import Batch, map_tensors, sample_count
+from curvdiag.errors import LossError
+
+_SUM_REMEDY = (
+    "the curvature of a sum is the batch size times that of the mean; use reduction='mean' "
+    "(and multiply by the number of samples if the sum is what you want)"
+)
+
+
+class CriterionLoss:
+    """``criterion(model(inputs), targets)`` taken apart into samples.
+
+    Attributes:
+        per_sample: Whether single samples can be told apart; known after :meth:`inspect`.
+        note: Why they cannot, in words.
+    """
+
+    def __init__(self, criterion: Callable[..., Tensor]) -> None:
+        self.criterion = criterion
+        self.per_sample = False
+        self.note = ""
+        self.unreduced: Callable[..., Tensor] | None = _with_reduction_none(criterion)
+        self.labels = _class_settings(criterion)
+
+    def to(self, device: torch.device, dtype: torch.dtype | None) -> CriterionLoss:
+        """The same loss with the criterion's own tensors (class weights) moved."""
+        twin = copy.copy(self)
+        twin.criterion = _moved(self.criterion, device, dtype)
+        twin.unreduced = _moved(self.unreduced, device, dtype) if self.unreduced is not None else None
+        return twin
+
+    def learn(self, seen: Any) -> None:
+        """Take over what ``seen``, a moved copy, found out in :meth:`inspect`."""
+        self.per_sample, self.note, self.labels = seen.per_sample, seen.note, seen.labels
+        self.unreduced = self.criterion if seen.unreduced is seen.criterion else seen.unreduced and self.unreduced
+
+    def value(self, model: nn.Module, batch: Batch) -> Tensor:
+        """What the criterion itself returns, as a scalar."""
+        result = self.criterion(call_model(model, batch[0]), batch[1])
+        return result if result.ndim == 0 else _samples(result, sample_count(batch)).mean()
+
+    def inspect(self, model: nn.Module, batch: Batch) -> float:
+        """Find out from one batch whether samples can be told apart; returns the criterion's value there."""
+        outputs, targets = call_model(model, batch[0]), batch[1]
+        count = sample_count(batch)
+        raw = self.criterion(outputs, targets)
+        if not isinstance(raw, Tensor):
+            raise LossError(f"the criterion returned {type(raw).__name__}, not a tensor")
+        _refuse_integers(raw)
+        if raw.ndim:
+            self.per_sample, self.unreduced, self.labels = True, self.criterion, None
+            return float(_samples(raw, count).mean())
+        if self.unreduced is None:
+            _refuse_sum(self.criterion, outputs, targets, raw)
+            self.note = "the criterion gives only a mean; return per-sample losses (reduction='none') instead"
+            return float(raw)
+        totals, counts = self._apart(self.unreduced(outputs, targets), batch), self.counts_of(batch)
+        mean = totals.sum() / counts.sum()
+        scale = float(totals.abs().sum() / counts.sum())
+        tolerance = 100 * torch.finfo(raw.dtype).eps * max(scale, torch.finfo(raw.dtype).tiny)
+        if bool(torch.isfinite(raw)) and abs(float(mean) - float(raw)) > tolerance:
+            _refuse_sum(self.criterion, outputs, targets, raw)
+            self.unreduced = None
+            self.note = (
+                f"the criterion's mean ({float(raw):.6g}) is not that of its per-sample losses ({float(mean):.6g}); "
+                "give the loss per sample with Objective.from_loss(..., weight=...)"
+            )
+            return float(raw)
+        self.per_sample = True
+        return float(raw)
+
+    def totals(self, model: nn.Module, batch: Batch) -> Tensor:
+        """``t_i`` as ``[B]``, or as a scalar where only the mean is known."""
+        outputs = call_model(model, batch[0])
+        if self.per_sample:
+            assert self.unreduced is not None
+            return self._apart(self.unreduced(outputs, batch[1]), batch)
+        return self.criterion(outputs, batch[1]) * sample_count(batch)
+
+    def counts(self, batch: Batch) -> Tensor:
+        """``c_i`` as ``[B]``, or their sum as a scalar where only the mean is known; float64, on the CPU."""
+        if not self.per_sample:
+            return torch.tensor(float(sample_count(batch)), dtype=torch.float64)
+        return self.counts_of(batch)
+
+    def counts_of(self, batch: Batch) -> Tensor:
+        targets = batch[1]
+        if self.labels is None or not isinstance(targets, Tensor) or targets.dtype.is_floating_point:
+            return torch.ones(sample_count(batch), dtype=torch.float64)
+        weight, ignore_index = self.labels
+        kept = targets != ignore_index
+        each = kept.double() if weight is None else weight.to(targets.device).double()[targets * kept] * kept
+        return each.reshape(sample_count(batch), -1).sum(1).cpu()
+
+    def _apart(self, losses: Tensor, batch: Batch) -> Tensor:
+        count = sample_count(batch)
+        by_class = isinstance(batch[1], Tensor) and not batch[1].dtype.is_floating_point
+        if (self.labels is not None and by_class) or getattr(self.criterion, "reduction", "") == "batchmean":
+            return losses.reshape(count, -1).sum(1)
+        return _samples(losses, count)
+
+
+class FunctionLoss:
+    """``loss(model, batch)``, whatever it does inside."""
+
+    def __init__(
+        self, loss: Callable[[nn.Module, Any], Tensor], weight: Callable[[Any], Tensor | float] | None
+    ) -> None:
+        self.loss, self.weight = loss, weight
+        self.per_sample = False
+        self.note = ""
+
+    def to(self, device: torch.device, dtype: torch.dtype | None) -> FunctionLoss:
+        return self
+
+    def learn(self, seen: Any) -> None:
+        """Take over what ``seen``, a moved copy, found out in :meth:`inspect`."""
+        self.per_sample, self.note = seen.per_sample, seen.note
+
+    def value(self, model: nn.Module, batch: Batch) -> Tensor:
+        totals = self.totals(model, batch)
+        return totals.sum() / self.counts(batch).sum().to(totals.device, totals.dtype)
+
+    def inspect(self, model: nn.Module, batch: Batch) -> float:
+        raw = self.loss(model, batch)
+        if not isinstance(raw, Tensor):
+            raise LossError(f"loss(model, batch) returned {type(raw).__name__}, not a tensor")
+        _refuse_integers(raw)
+        self.per_sample = raw.ndim > 0
+        if not self.per_sample:
+            self.note = "loss(model, batch) gives only a mean; return one loss for each sample instead"
+        return float(self.value(model, batch))
+
+    def totals(self, model: nn.Module, batch: Batch) -> Tensor:
+        raw = self.loss(model, batch)
+        if not self.per_sample:
+            if raw.ndim:
+                raise LossError(f"the loss was a scalar on the first batch and has shape {tuple(raw.shape)} on another")
+            return raw * float(self.counts(batch))
+        return _samples(raw, sample_count(batch)) * self.counts(batch).to(raw.device, raw.dtype)
+
+    def counts(self, batch: Batch) -> Tensor:
+        count = sample_count(batch)
+        if self.weight is None:
+            counts = torch.ones(count, dtype=torch.float64)
+        else:
+            counts = torch.as_tensor(self.weight(batch), dtype=torch.float64).detach().cpu()
+        if self.per_sample:
+            if counts.shape != (count,):
+                raise LossError(f"weight(batch) must give one weight for each of {count} samples, not {counts.shape}")
+            return counts
+        return counts.sum()
+
+
+def call_model(model: nn.Module, inputs: Any) -> Any:
+    """``model(inputs)``, with a tuple or mapping of inputs unpacked into the model's arguments."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
+
+
+def _refuse_integers(loss: Tensor) -> None:
+    if not loss.dtype.is_floating_point:
+        raise LossError(f"the loss is {loss.dtype}; expected a real floating-point tensor")
+
+
+def _samples(losses: Tensor, count: int) -> Tensor:
+    """Per-sample means ``[B]`` of losses ``[B, ...]`` or ``[B * n, ...]``."""
+    if losses.shape[0] % count:
+        raise LossError(
+            f"the loss has shape {tuple(losses.shape)} for a batch of {count} samples; expected a scalar mean, or a "
+            f"first dimension of {count} or a multiple of it"
+        )
+    return losses.reshape(count, -1).mean(1)
+
+
+def _with_reduction_none(criterion: Callable[..., Tensor]) -> Callable[..., Tensor] | None:
+    """The criterion without its reduction where it has one by PyTorch's convention, else None."""
+    reduction = getattr(criterion, "reduction", None)
+    if isinstance(criterion, nn.Module) and isinstance(reduction, str):
+        if reduction == "sum":
+            raise LossError(f"{type(criterion).__name__} has reduction='sum': {_SUM_REMEDY}")
+        twin = copy.copy(criterion)
+        twin.reduction = "none"  # type: ignore[assignment]
+        return twin
+    try:
+        known = inspect.signature(criterion).parameters
+    except (TypeError, ValueError):
+        return None
+    if "reduction" not in known:
+        return None
+    if known["reduction"].default == "sum":
+        raise LossError(f"the criterion has reduction='sum': {_SUM_REMEDY}")
+    return functools.partial(criterion, reduction="none")
+
+
+def _class_settings(criterion: Callable[..., Tensor]) -> tuple[Tensor | None, int] | None:
+    """Class weights and ignored label of a criterion over class labels; None for any other."""
+    if isinstance(criterion, nn.CrossEntropyLoss | nn.NLLLoss):
+        return criterion.weight, criterion.ignore_index
+    keywords: dict[str, Any] = {}
+    while isinstance(criterion, functools.partial):
+        if criterion.args:
+            return None
+        keywords = {**criterion.keywords, **keywords}
+        criterion = criterion.func
+    if criterion in (F.cross_entropy, F.nll_loss):
+        return keywords.get("weight"), keywords.get("ignore_index", -100)
+    return None
+
+
+def _refuse_sum(criterion: Callable[..., Tensor], outputs: Any, targets: Any, value: Tensor) -> None:
+    """A sum doubles when each sample is given twice; a mean does not."""
+    try:
+        twice = criterion(*(map_tensors(lambda t: torch.cat([t, t]), part) for part in (outputs, targets)))
+    except Exception:  # a criterion that takes nothing but this batch cannot be asked
+        return
+    once, double = float(value), float(twice)
+    if abs(once) > 0 and abs(double - 2 * once) < 1e-3 * abs(once):
+        raise LossError(f"the criterion returns a sum over samples: {_SUM_REMEDY}")
+
+
+def _moved(criterion: Any, device: torch.device, dtype: torch.dtype | None) -> Any:
+    if isinstance(criterion, nn.Module):
+        own = [*criterion.parameters(), *criterion.buffers()]
+        if all(t.device == device and (dtype is None or t.dtype == dtype) for t in own):
+            return criterion
+        return copy.deepcopy(criterion).to(device=device, dtype=dtype)
+    if isinstance(criterion, functools.partial):
+
+        def move(t: Tensor) -> Tensor:
+            return t.to(device=device, dtype=dtype if t.dtype.is_floating_point else None)
+
+        return functools.partial(criterion.func, *criterion.args, **map_tensors(move, criterion.keywords))
+    return criterion

@@ -1,0 +1,54 @@
+"""Every error and warning that curvdiag raises, under one root.
+
+A message says what was wrong, where, and what to do about it.
+"""
+
+from __future__ import annotations
+
+
+class CurvdiagError(Exception):
+    """Root of all errors raised on purpose by curvdiag."""
+
+
+class DataError(CurvdiagError, ValueError):
+    """The data cannot be used: empty, one-shot, ambiguous, or with sizes that disagree."""
+
+
+class LossError(CurvdiagError, ValueError):
+    """The criterion or loss returns something that is not a mean over samples."""
+
+
+class NonFiniteError(CurvdiagError, ArithmeticError):
+    """A loss, gradient or product is NaN or infinite."""
+
+
+class NotDeterministicError(CurvdiagError):
+    """The same weights and the same batch give two different losses."""
+
+
+class ParameterError(CurvdiagError, ValueError):
+    """A parameter selection matches nothing, or selects what has no real curvature."""
+
+
+class SecondDerivativeError(CurvdiagError):
+    """A second derivative is missing or wrong, and is not to be taken for zero."""
+
+
+class StaleWeightsError(CurvdiagError):
+    """The weights changed under an operator that shares them with the model."""
+
+
+class TooLargeError(CurvdiagError, MemoryError):
+    """A dense object or a set of batches does not fit into memory; the message gives its size."""
+
+
+class ArgumentError(CurvdiagError, ValueError):
+    """An argument is out of its range or of the wrong shape."""
+
+
+class StoreError(CurvdiagError):
+    """A run file cannot be opened, read or written."""
+
+
+class CurvdiagWarning(UserWarning):
+    """Root of all warnings given by curvdiag."""

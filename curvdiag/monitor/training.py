@@ -1,0 +1,50 @@
+"""What a monitor can see of the training around it, at no cost to it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+def was_skipped(optimizer: Optimizer) -> bool:
+    """Whether GradScaler found infinite gradients in this very step, and the optimizer therefore did nothing.
+
+    GradScaler does not call most optimizers then; fused ones it calls, with what it found as an attribute.
+    """
+    found = getattr(optimizer, "found_inf", None)
+    return isinstance(found, Tensor) and bool(found.item() > 0)
+
+
+def optimizer_scalars(optimizer: Optimizer) -> dict[str, float]:
+    """Learning rate, momentum and p of each parameter group, by key.
+
+    Groups are named by their ``name`` where they have one, else by number. Momentum is ``momentum``, or the first
+    of ``betas``.
+    """
+    scalars: dict[str, float] = {}
+    for index, group in enumerate(optimizer.param_groups):
+        name = group.get("name", index)
+        momentum = group.get("momentum", group.get("betas", (None,))[0])
+        for key, value in (("lr", group.get("lr")), ("momentum", momentum), ("p", group.get("p"))):
+            number = as_number(value)
+            if number is not None:
+                scalars[f"train/{key}/{name}"] = number
+    return scalars
+
+
+def as_number(value: Any) -> float | None:
+    """A Python number, or a tensor of one element, as a float; None for anything else."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return float(value.detach())
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    return None
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device, so that a clock on the host measures its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

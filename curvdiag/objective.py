@@ -1,0 +1,370 @@
+"""The empirical risk at fixed weights: model, loss, data and the parameters of interest."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from curvdiag.criterion import CriterionLoss, FunctionLoss
+from curvdiag.data import Batch, can_cut, place, read_batches, sample_count, take, tensors_of
+from curvdiag.errors import ArgumentError, DataError, LossError, NonFiniteError, NotDeterministicError
+from curvdiag.parameters import Parameters, Selection
+from curvdiag.sandbox import Mode, sandbox, unwrap, with_tensors
+
+__all__ = ["Objective", "Weights"]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A picture of a model's tensors.
+
+    Attributes:
+        chosen: The parameters of interest, as leaves of their own that gradients are taken in.
+        fixed: All other parameters, by name.
+        buffers: Buffers, by name; each forward pass gets copies, so that running statistics go nowhere.
+        names: Names of ``chosen``.
+    """
+
+    chosen: tuple[Tensor, ...]
+    fixed: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+    names: tuple[str, ...]
+
+    def tensors(self) -> dict[str, Tensor]:
+        buffers = {name: buffer.clone() for name, buffer in self.buffers.items()}
+        return {**self.fixed, **dict(zip(self.names, self.chosen, strict=True)), **buffers}
+
+    def replaced(self, chosen: tuple[Tensor, ...]) -> Weights:
+        """The same picture with other values of the chosen parameters, as new leaves."""
+        return Weights(tuple(t.detach().requires_grad_() for t in chosen), self.fixed, self.buffers, self.names)
+
+
+class Objective:
+    """The mean loss of a model over fixed data, as a function of some of its parameters.
+
+    The value is ``(1/N) sum_i w_i l_i`` over all ``N`` samples of all batches: ragged last batches count by
+    their samples. Where the criterion's mean is not a plain mean (class weights, ``ignore_index``, padded
+    tokens) sample ``i`` carries the weight ``w_i`` that makes it so, with mean 1.
+
+    The objective looks at the live model; an operator made from it takes a picture of the weights.
+
+    Args:
+        model: Any module; ``torch.compile``, ``DataParallel`` and ``DistributedDataParallel`` are unwrapped.
+        criterion: A module or function of ``(outputs, targets)``: a mean, or one loss per sample.
+        data: One batch ``(inputs, targets)``, or a re-iterable of batches. A tensor, mapping or tuple is one
+            batch; a DataLoader, list or other re-iterable holds batches; a list of two whose first element is
+            a tensor is one batch. Batches are read once, here, and kept.
+        params: Glob, list of globs, or predicate of ``(name, tensor)``; by default all that require gradients.
+        mode: ``"eval"``, or ``"train"`` for curvature with BatchNorm's batch statistics.
+        batch, batches: Say outright which of the two ``data`` is.
+        keep_bytes: Most bytes of batches to keep; a quarter of the free memory by default.
+
+    Attributes:
+        size: ``N``, the number of samples.
+        total_weight: Sum of the samples' counts (tokens, class weights), ``N`` for a plain mean.
+        notes: What was noticed about the data and the loss.
+
+    Raises:
+        DataError, LossError, ParameterError, NonFiniteError, NotDeterministicError, TooLargeError
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        criterion: Callable[..., Tensor],
+        data: Any = None,
+        *,
+        params: Selection | None = None,
+        mode: Mode = "eval",
+        batch: Any = None,
+        batches: Any = None,
+        keep_bytes: int | None = None,
+    ) -> None:
+        kept, notes = read_batches(data, batch=batch, batches=batches, pairs=True, keep_bytes=keep_bytes)
+        self._set_up(model, CriterionLoss(criterion), kept, notes, params, mode)
+
+    @classmethod
+    def from_loss(
+        cls,
+        model: nn.Module,
+        loss: Callable[[nn.Module, Any], Tensor],
+        data: Any = None,
+        *,
+        weight: Callable[[Any], Tensor | float] | None = None,
+        params: Selection | None = None,
+        mode: Mode = "eval",
+        batch: Any = None,
+        batches: Any = None,
+        keep_bytes: int | None = None,
+    ) -> Objective:
+        """An objective from ``loss(model, batch)``, for everything that is not a criterion of outputs and targets.
+
+        Args:
+            loss: Returns losses ``[B]`` or ``[B, ...]`` (averaged over the trailing dimensions), or their mean. A
+                mean serves curvature; what needs single samples refuses it.
+            weight: ``weight(batch)`` gives each sample's count ``[B]`` (its tokens), or for a mean the count of
+                the whole batch. By default every sample counts 1.
+        """
+        kept, notes = read_batches(data, batch=batch, batches=batches, pairs=False, keep_bytes=keep_bytes)
+        objective = cls.__new__(cls)
+        objective._set_up(model, FunctionLoss(loss, weight), kept, notes, params, mode)
+        return objective
+
+    def _set_up(
+        self,
+        model: nn.Module,
+        loss: CriterionLoss | FunctionLoss,
+        batches: list[Batch],
+        notes: list[str],
+        params: Selection | None,
+        mode: Mode,
+    ) -> None:
+        if mode not in ("eval", "train"):
+            raise ArgumentError(f"mode is 'eval' or 'train', not {mode!r}")
+        self.model = unwrap(model)
+        self.mode = mode
+        self.parameters = Parameters.of(self.model, params)
+        self.batches = batches
+        self._loss = loss
+        self._moved_losses: dict[torch.dtype | None, CriterionLoss | FunctionLoss] = {}
+        self._check_first_batch()
+        self.notes = tuple(notes + ([loss.note] if loss.note else []))
+        self._count()
+
+    def _count(self) -> None:
+        self.size = sum(sample_count(batch) for batch in self.batches)
+        self.total_weight = float(sum(self._loss.counts(batch).sum() for batch in self.batches))
+        if not self.total_weight > 0:
+            raise DataError("the weights of all samples add up to zero: every target is ignored or has class weight 0")
+
+    def _check_first_batch(self) -> None:
+        """Two forward passes over the first batch: the loss is finite, understood and the same both times."""
+        weights, model, first = self.weights(), self.model, self.batches[0]
+
+        def twice() -> tuple[float, float, bool]:
+            batch, loss = place(first, self.device, None), self._moved(None)
+            state = torch.get_rng_state()
+            with torch.no_grad():
+                one = loss.inspect(model, batch)
+                drew = not torch.equal(state, torch.get_rng_state())
+                return one, float(loss.value(model, batch)), drew
+
+        with sandbox(model, self.mode, self.device, twice=False):
+            one, two, drew = with_tensors(model, weights.tensors(), twice)
+        self._loss.learn(self._moved(None))
+        if not math.isfinite(one):
+            raise NonFiniteError(
+                f"the loss on batch 0 is {one}; there is no curvature at these weights: look for a learning rate that "
+                "is too high, or for bad values in the batch"
+            )
+        if abs(one - two) > 100 * torch.finfo(self.dtype).eps * max(abs(one), abs(two)):
+            raise NotDeterministicError(
+                f"the same weights and batch gave the losses {one:.8g} and {two:.8g}; {self._blame(drew)}"
+            )
+
+    def _blame(self, drew: bool) -> str:
+        active = [
+            name or type(module).__name__
+            for name, module in self.model.named_modules()
+            if self.mode == "train" and _dropout(module) > 0
+        ]
+        if active:
+            return f"dropout is active in {', '.join(active[:5])}: measure with mode='eval'"
+        if drew:
+            return (
+                "the forward pass draws random numbers: F.dropout without training=self.training, noise or "
+                "augmentation inside the model or the loss; switch it off for the measurement"
+            )
+        return "the forward pass keeps a state of its own, or uses kernels that are not deterministic"
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """The type of a flat vector: the widest among the chosen parameters."""
+        dtype = self._live[0].dtype
+        for tensor in self._live[1:]:
+            dtype = torch.promote_types(dtype, tensor.dtype)
+        return dtype
+
+    @property
+    def _live(self) -> list[Tensor]:
+        found = dict(self.model.named_parameters(remove_duplicate=False))
+        return [found[name] for name in self.parameters.names]
+
+    @property
+    def per_sample(self) -> bool:
+        """Whether single samples have losses of their own that other samples do not touch."""
+        return self._loss.per_sample and not self.couples_samples
+
+    @property
+    def couples_samples(self) -> bool:
+        """Whether BatchNorm makes the samples of a batch depend on each other."""
+        return any(
+            isinstance(module, _BatchNorm) and (self.mode == "train" or module.running_mean is None)
+            for module in self.model.modules()
+        )
+
+    @property
+    def can_regroup(self) -> bool:
+        """Whether batches may be merged and cut without changing the value."""
+        return self.per_sample and all(can_cut(batch) for batch in self.batches)
+
+    def weights(self, *, dtype: torch.dtype | None = None, share: bool = False) -> Weights:
+        """A picture of the live model; with ``share`` its own memory, else copies (in ``dtype``)."""
+
+        # Embedding(max_norm=...) shrinks its weight during the forward pass, which must not reach the model.
+        shrunk = {id(m.weight) for m in self.model.modules() if getattr(m, "max_norm", None) is not None}
+
+        def picture(tensor: Tensor) -> Tensor:
+            wanted = dtype if tensor.dtype.is_floating_point else None
+            alias = share and id(tensor) not in shrunk
+            return tensor.detach() if alias else tensor.detach().to(dtype=wanted, copy=True)
+
+        with torch.inference_mode(False):
+            chosen = tuple(picture(t).requires_grad_() for t in self._live)
+            own = set(self.parameters.names)
+            fixed = {name: picture(p) for name, p in self.model.named_parameters() if name not in own}
+            buffers = {name: picture(b) for name, b in self.model.named_buffers()}
+        return Weights(chosen, fixed, buffers, self.parameters.names)
+
+    def inside(self, weights: Weights, function: Callable[[], Any], *, twice: bool) -> Any:
+        """``function()`` in the sandbox, while the model holds ``weights``."""
+        with sandbox(self.model, self.mode, self.device, twice=twice):
+            return with_tensors(self.model, weights.tensors(), function)
+
+    def totals(self, batch: Batch, dtype: torch.dtype | None = None) -> Tensor:
+        """Per-sample totals ``[B]`` (or one for the batch), to be called :meth:`inside`.
+
+        The objective is the sum of all totals over ``total_weight``.
+        """
+        return self._moved(dtype).totals(self.model, place(batch, self.device, dtype))
+
+    def _moved(self, dtype: torch.dtype | None) -> CriterionLoss | FunctionLoss:
+        if dtype not in self._moved_losses:
+            self._moved_losses[dtype] = self._loss.to(self.device, dtype)
+        return self._moved_losses[dtype]
+
+    def value(self) -> float:
+        """The empirical risk at the model's present weights."""
+
+        def add_up() -> float:
+            with torch.no_grad():
+                return float(sum(self.totals(batch).double().sum() for batch in self.batches))
+
+        return self.inside(self.weights(), add_up, twice=False) / self.total_weight
+
+    def gradient(self) -> Tensor:
+        """The gradient ``[P]`` at the model's present weights."""
+        return gradient(self, self.weights(), self.batches)
+
+    def split(self, seed: int = 0) -> tuple[Objective, Objective]:
+        """Two objectives over disjoint random halves of the samples; the first takes the odd one.
+
+        Raises:
+            DataError: There is only one sample, or a batch cannot be cut by sample.
+        """
+        if self.size < 2 or not all(can_cut(batch) for batch in self.batches):
+            raise DataError("splitting needs two samples, and tensors that have the samples as first dimension")
+        if not self._loss.per_sample:
+            raise LossError(f"splitting needs a loss for each sample: {self._loss.note}")
+        order = torch.randperm(self.size, generator=torch.Generator().manual_seed(seed))
+        first = torch.zeros(self.size, dtype=torch.bool)
+        first[order[: (self.size + 1) // 2]] = True
+        return self._restricted(first), self._restricted(~first)
+
+    def _restricted(self, kept: Tensor) -> Objective:
+        half = copy.copy(self)
+        half.batches = []
+        parts = kept.split([sample_count(batch) for batch in self.batches])
+        for batch, part in zip(self.batches, parts, strict=True):
+            if part.any():
+                device = tensors_of(batch)[0].device
+                half.batches.append(take(batch, part.nonzero().squeeze(1).to(device)))
+        half._count()
+        return half
+
+    def micro_batches(self, micro_batch: int | None) -> Iterator[Batch]:
+        """The batches, cut into pieces of at most ``micro_batch`` samples.
+
+        Raises:
+            LossError: They cannot be cut: BatchNorm couples their samples, or the loss gives only a mean.
+        """
+        if micro_batch is None:
+            yield from self.batches
+            return
+        if micro_batch < 1:
+            raise ArgumentError(f"micro_batch is a number of samples, at least 1, not {micro_batch}")
+        if not self.can_regroup:
+            raise LossError(f"micro_batch cuts batches by sample, which this objective does not allow: {self.why()}")
+        for batch in self.batches:
+            for start in range(0, sample_count(batch), micro_batch):
+                yield take(batch, slice(start, start + micro_batch))
+
+    def first_bad_batch(self, weights: Weights, dtype: torch.dtype | None) -> str:
+        """Where the loss stops being finite, in words."""
+
+        def look() -> str:
+            for index, batch in enumerate(self.batches):
+                totals = self.totals(batch, dtype).detach()
+                if not bool(torch.isfinite(totals).all()):
+                    return f"the loss on batch {index} is {float(totals[~torch.isfinite(totals)].sum())}"
+            return "the loss is finite and its gradient is not, summed over all batches"
+
+        return self.inside(weights, look, twice=False)
+
+    def why(self) -> str:
+        """Why single samples cannot be told apart, and what to do about it."""
+        if self.couples_samples:
+            return "BatchNorm in train mode couples the samples of a batch; use mode='eval'"
+        if not self._loss.per_sample:
+            return self._loss.note
+        return "its tensors do not all have the samples as first dimension"
+
+    def __repr__(self) -> str:
+        return (
+            f"Objective({type(self.model).__name__}, {self.size:,} samples in {len(self.batches)} batches, "
+            f"{self.parameters.size:,} parameters, mode={self.mode!r})"
+        )
+
+
+def _dropout(module: nn.Module) -> float:
+    """The dropout probability of a module: a dropout layer's, or a recurrent or attention layer's own."""
+    rate = getattr(module, "p" if isinstance(module, nn.modules.dropout._DropoutNd) else "dropout", 0.0)
+    return float(rate) if isinstance(rate, int | float) else 0.0
+
+
+def gradient(
+    objective: Objective,
+    weights: Weights,
+    batches: list[Batch],
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Gradient ``[P]`` of the objective's share that ``batches`` make up, at ``weights``.
+
+    Gradients are collected by ``backward``, which reentrant checkpointing needs, in leaves of our own.
+    """
+    leaves = weights.replaced(weights.chosen)
+
+    def add_up() -> None:
+        for index, batch in enumerate(batches):
+            loss = objective.totals(batch, dtype).sum() / objective.total_weight
+            if not bool(torch.isfinite(loss)):
+                raise NonFiniteError(f"the loss on batch {index} is {float(loss)}; there is no curvature here")
+            if loss.requires_grad:
+                loss.backward()
+
+    objective.inside(leaves, add_up, twice=False)
+    dtype = dtype or objective.dtype
+    parts = [torch.zeros_like(t) if t.grad is None else t.grad for t in leaves.chosen]
+    return objective.parameters.flatten(part.to(dtype) for part in parts)

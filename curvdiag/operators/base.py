@@ -1,0 +1,158 @@
+"""Symmetric matrices known only by their products, and the one door through which algorithms use them."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.sparse.linalg import LinearOperator
+from torch import Tensor
+
+from curvdiag.errors import ArgumentError, TooLargeError
+from curvdiag.memory import free_bytes, human_bytes
+
+
+@dataclass
+class Cost:
+    """What an operator has done so far.
+
+    Attributes:
+        matvecs: Products with one vector (a product with ``k`` vectors counts ``k``).
+        graphs: Graphs built: one forward and one differentiable backward pass over a group of batches each.
+        seconds: Time spent in both.
+    """
+
+    matvecs: int = 0
+    graphs: int = 0
+    seconds: float = 0.0
+
+
+class SymmetricOperator(abc.ABC):
+    """A real symmetric matrix ``[P, P]`` given by its products.
+
+    ``op @ v`` takes a vector ``[P]`` or several as columns ``[P, k]`` and returns the same shape.
+    Subclasses implement :meth:`apply`, whose vectors are rows ``[k, P]``, each contiguous in memory.
+    """
+
+    size: int
+    dtype: torch.dtype
+    device: torch.device
+    cost: Cost
+
+    @abc.abstractmethod
+    def apply(self, rows: Tensor) -> Tensor:
+        """Products with the rows of a contiguous ``[k, P]`` tensor, as new rows ``[k, P]``."""
+
+    def refresh(self) -> None:  # noqa: B027 - most operators own their weights and have nothing to check
+        """Check, once per algorithm, that the operator still means what it meant when it was made."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.size, self.size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __matmul__(self, other: Tensor) -> Tensor:
+        if not isinstance(other, Tensor):
+            raise ArgumentError(f"expected a tensor of {self.size} rows, got {type(other).__name__}")
+        if other.ndim not in (1, 2) or other.shape[0] != self.size:
+            raise ArgumentError(
+                f"cannot multiply a {self.size} x {self.size} operator with a tensor of shape {tuple(other.shape)}"
+            )
+        self.refresh()
+        with torch.inference_mode(False):
+            rows = other.detach().to(device=self.device, dtype=self.dtype).reshape(self.size, -1).T.contiguous()
+            product = self.apply(rows).T
+        return product[:, 0] if other.ndim == 1 else product
+
+    def matvec(self, vector: Tensor) -> Tensor:
+        """Product with one vector ``[P]``."""
+        return self @ vector
+
+    def matmat(self, vectors: Tensor) -> Tensor:
+        """Products with the columns of ``[P, k]``."""
+        return self @ vectors
+
+    def dense(self, *, chunk: int = 64) -> Tensor:
+        """The whole matrix ``[P, P]``, from ``P`` products.
+
+        Raises:
+            TooLargeError: The matrix does not fit into the free memory of the operator's device.
+        """
+        need = self.size**2 * self.dtype.itemsize
+        if need > free_bytes(self.device):
+            raise TooLargeError(
+                f"a dense {type(self).__name__} of {self.size:,} parameters needs {human_bytes(need)}, more than the "
+                f"{human_bytes(free_bytes(self.device))} free; use spectral_density, top_eigenpairs or block(...)"
+            )
+        self.refresh()
+        with torch.inference_mode(False):
+            matrix = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+            for first in range(0, self.size, chunk):
+                last = min(first + chunk, self.size)
+                rows = torch.zeros(last - first, self.size, dtype=self.dtype, device=self.device)
+                rows[torch.arange(last - first), torch.arange(first, last)] = 1.0
+                matrix[first:last] = self.apply(rows)
+        return matrix
+
+    def to_scipy(self) -> LinearOperator:
+        """The same matrix for :mod:`scipy.sparse.linalg`, with NumPy vectors on the CPU."""
+
+        def multiply(x: np.ndarray) -> np.ndarray:
+            return (self @ torch.from_numpy(np.ascontiguousarray(x))).cpu().numpy()
+
+        dtype = torch.empty((), dtype=self.dtype).numpy().dtype
+        return LinearOperator(self.shape, matvec=multiply, matmat=multiply, rmatvec=multiply, dtype=dtype)
+
+
+@dataclass(frozen=True)
+class LinearMap:
+    """Any symmetric operator as the algorithms see it: rows ``[k, P]`` in, rows ``[k, P]`` out."""
+
+    apply: Callable[[Tensor], Tensor]
+    size: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+def linear_map(op: Any) -> LinearMap:
+    """The products of any square object with ``shape`` and ``@``.
+
+    Takes a :class:`SymmetricOperator`, a dense tensor or NumPy array, a SciPy sparse matrix or
+    ``LinearOperator``, or another library's operator. Objects of NumPy's world are fed NumPy arrays.
+
+    Raises:
+        ArgumentError: The object is not square or cannot be multiplied.
+    """
+    shape = getattr(op, "shape", None)
+    if shape is None or len(shape) != 2 or shape[0] != shape[1]:
+        raise ArgumentError(f"expected a square matrix or operator, got {type(op).__name__} of shape {shape}")
+    size = int(shape[0])
+    if isinstance(op, SymmetricOperator):
+        op.refresh()
+        return LinearMap(op.apply, size, op.dtype, op.device)
+    if isinstance(op, Tensor):
+        if not op.dtype.is_floating_point:
+            raise ArgumentError(f"a dense operator needs a real floating-point dtype, not {op.dtype}")
+        matrix = op.detach()
+        return LinearMap(lambda rows: rows @ matrix.T, size, matrix.dtype, matrix.device)
+    if isinstance(op, np.ndarray | LinearOperator) or type(op).__module__.startswith("scipy."):
+        dtype = torch.float32 if np.dtype(op.dtype or float) == np.float32 else torch.float64
+
+        def through_numpy(rows: Tensor) -> Tensor:
+            columns = np.ascontiguousarray(rows.numpy().T)
+            return torch.from_numpy(np.ascontiguousarray(np.asarray(op @ columns).T)).to(dtype)
+
+        return LinearMap(through_numpy, size, dtype, torch.device("cpu"))
+    dtype = getattr(op, "dtype", None) or torch.get_default_dtype()
+    device = torch.device(getattr(op, "device", None) or "cpu")
+
+    def foreign(rows: Tensor) -> Tensor:
+        return torch.stack([torch.as_tensor(op @ row) for row in rows])
+
+    return LinearMap(foreign, size, dtype, device)

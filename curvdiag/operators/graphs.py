@@ -1,0 +1,283 @@
+"""The engine: graphs of the gradient, kept, through which a product is one more backward pass.
+
+The graph of a group of samples is built once, as the gradient of ``sum_i s_i t_i / total_weight`` in the
+weights, where ``s`` holds one weight for each sample (all ones). Its derivative in the weights along ``v`` is the
+Hessian product; its derivative in ``s`` is ``v . grad t_i``, the product with the matrix of per-sample gradients.
+Both come out of one backward pass. What is kept of the gradient are its edges in the graph, not its values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
+
+from curvdiag.data import Batch, can_merge, merge, sample_count, take
+from curvdiag.errors import NonFiniteError
+from curvdiag.memory import free_bytes, human_bytes
+from curvdiag.objective import Objective, Weights
+from curvdiag.operators.second_derivative import (
+    check_against_differences,
+    check_nodes,
+    check_truly_zero,
+    missing_derivatives,
+)
+from curvdiag.sandbox import numerics
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the data are laid out in graphs.
+
+    Attributes:
+        kept: Samples in each kept graph.
+        rebuilt: Samples in each group whose graph is built anew at each product.
+        bytes_kept: Estimated memory of the kept graphs.
+        budget: Bytes that kept graphs may take.
+    """
+
+    kept: tuple[int, ...]
+    rebuilt: tuple[int, ...]
+    bytes_kept: int
+    budget: int
+
+    def __str__(self) -> str:
+        return (
+            f"{len(self.kept)} graphs kept ({sum(self.kept):,} samples, about {human_bytes(self.bytes_kept)} of "
+            f"{human_bytes(self.budget)}), {len(self.rebuilt)} rebuilt at each product ({sum(self.rebuilt):,} samples)"
+        )
+
+
+class Graph:
+    """The gradient of one group of samples as a function of weights and sample weights."""
+
+    def __init__(self, objective: Objective, weights: Weights, batch: Batch, dtype: torch.dtype | None) -> None:
+        self.objective, self.weights, self.batch, self.dtype = objective, weights, batch, dtype
+        self.cleared: set[int] = set()
+        self.checked = False
+        live = dict(objective.model.named_parameters())
+        with missing_derivatives():
+            objective.inside(weights, lambda: self._build(live), twice=True)
+        if self.suspicious:
+            check_against_differences(objective, weights, batch, dtype, self._whole)
+
+    def _build(self, live: Mapping[str, Tensor]) -> None:
+        with _watched_hooks() as hooks:
+            totals = self.objective.totals(self.batch, self.dtype)
+        self.recomputes = bool(hooks)
+        self.sample_weights = torch.ones_like(totals, requires_grad=True)
+        loss = (totals * self.sample_weights).sum() / self.objective.total_weight
+        self.suspicious = check_nodes(self.objective, loss, live, lambda: self.objective.totals(self.batch, self.dtype))
+        gradients = torch.autograd.grad(loss, self.weights.chosen, create_graph=True, allow_unused=True)
+        self.reached = [g is not None for g in gradients]
+        norms = torch.stack([torch.zeros_like(loss) if g is None else g.detach().norm().to(loss) for g in gradients])
+        self.loss, *sizes = torch.cat([loss.detach()[None], norms]).tolist()
+        if not all(map(_finite, [self.loss, *sizes])):
+            where = self.objective.first_bad_batch(self.weights, self.dtype)
+            raise NonFiniteError(f"{where}; there is no curvature at these weights")
+        self.nonzero = [size > 0 for size in sizes]
+        constant = [i for i, g in enumerate(gradients) if g is not None and not g.requires_grad and self.nonzero[i]]
+        check_truly_zero(self.objective, self.weights, [self.batch], constant, self.dtype)
+        self.edges: list[GradientEdge | None] = [
+            None if g is None or not g.requires_grad else get_gradient_edge(g.clone() if g.is_leaf else g)
+            for g in gradients
+        ]
+
+    def multiply(self, vectors: Sequence[Tensor], positions: Sequence[int], *, keep: bool) -> list[Tensor | None]:
+        """The Hessian's rows at ``positions`` times a vector that is zero elsewhere; None is zero."""
+        terms = [
+            (edge, vector)
+            for edge, vector in zip((self.edges[i] for i in positions), vectors, strict=True)
+            if edge is not None
+        ]
+        if not terms:
+            return [None] * len(positions)
+        leaves = [self.weights.chosen[i] for i in positions]
+
+        def backward() -> tuple[Tensor | None, ...]:
+            edges, outer = zip(*terms, strict=True)
+            return torch.autograd.grad(edges, leaves, outer, retain_graph=keep, allow_unused=True)
+
+        keep = keep or not self.checked
+        with missing_derivatives():
+            products = self.objective.inside(self.weights, backward, twice=True) if self.recomputes else backward()
+        if not self.checked:
+            self._check_missing([i for i, product in zip(positions, products, strict=True) if product is None])
+            self.checked = len(positions) == len(self.edges)
+        return list(products)
+
+    def _whole(self, vector: Tensor) -> Tensor:
+        """The product with one flat vector over all parameters."""
+        layout, chosen = self.objective.parameters, self.weights.chosen
+        vectors = [v.to(w.dtype) for v, w in zip(layout.views(vector), chosen, strict=True)]
+        with numerics(vector.device):
+            products = self.multiply(vectors, range(len(chosen)), keep=True)
+        return layout.flatten(
+            torch.zeros_like(w) if p is None else p for p, w in zip(products, chosen, strict=True)
+        ).to(vector)
+
+    def _check_missing(self, positions: Sequence[int]) -> None:
+        """Parameters that a product did not reach: does any second derivative, if they have a gradient?"""
+        edges = [edge for edge in self.edges if edge is not None]
+        zeros = [torch.zeros_like(w) for w, edge in zip(self.weights.chosen, self.edges, strict=True) if edge]
+        for i in positions:
+            if not self.nonzero[i] or i in self.cleared:
+                continue
+
+            def reach(i: int = i) -> tuple[Tensor | None, ...]:
+                leaf = self.weights.chosen[i]
+                return torch.autograd.grad(edges, [leaf], zeros, retain_graph=True, allow_unused=True)
+
+            if self.objective.inside(self.weights, reach, twice=True)[0] is None:
+                check_truly_zero(self.objective, self.weights, [self.batch], [i], self.dtype)
+            self.cleared.add(i)
+
+
+class GraphEngine:
+    """Hessian products over all samples, from kept graphs as far as memory reaches."""
+
+    def __init__(
+        self,
+        objective: Objective,
+        weights: Weights,
+        dtype: torch.dtype | None,
+        memory: int | None,
+        micro_batch: int | None,
+    ) -> None:
+        self.objective, self.weights, self.dtype = objective, weights, dtype
+        self.graphs_built = 0
+        pieces = list(objective.micro_batches(micro_batch))
+        budget = free_bytes(objective.device) // 2 if memory is None else memory
+        per_sample = saved_bytes_per_sample(objective, weights, pieces[0], dtype) if budget > 0 else 0.0
+        kept, rebuilt = group(pieces, per_sample, budget, regroup=micro_batch is None and objective.can_regroup)
+        self.plan = Plan(
+            tuple(sum(map(sample_count, part)) for part in kept),
+            tuple(map(sample_count, rebuilt)),
+            int(per_sample * sum(sample_count(one) for part in kept for one in part)),
+            budget,
+        )
+        self.rebuilt = rebuilt
+        self.reached = [False] * len(weights.chosen)
+        self.kept = [self._graph(merge(part)) for part in kept]
+        self.unvisited = bool(rebuilt)
+
+    def _graph(self, batch: Batch) -> Graph:
+        graph = Graph(self.objective, self.weights, batch, self.dtype)
+        self.graphs_built += 1
+        self.reached = [a or b for a, b in zip(self.reached, graph.reached, strict=True)]
+        return graph
+
+    def multiply(self, rows: Tensor, positions: Sequence[int]) -> Tensor:
+        """Rows ``[k, p]`` of products from rows ``[k, p]``, over the parameters at ``positions`` alone."""
+        layout = self.objective.parameters.subset(positions)
+        dtypes = [self.weights.chosen[i].dtype for i in positions]
+        with numerics(rows.device):
+            out = torch.empty_like(rows)
+            for index, graph in enumerate(self._graphs()):
+                kept = index < len(self.kept)
+                for k, (row, total) in enumerate(zip(rows, out, strict=True)):
+                    vectors = [v.to(dtype) for v, dtype in zip(layout.views(row), dtypes, strict=True)]
+                    products = graph.multiply(vectors, positions, keep=kept or k < len(rows) - 1)
+                    _accumulate(products, total, layout.views(total), fresh=index == 0)
+        self.unvisited = False
+        return out
+
+    def _graphs(self) -> Iterator[Graph]:
+        yield from self.kept
+        for batch in self.rebuilt:
+            yield self._graph(batch)
+
+    def visit(self) -> None:
+        """Build the graph of every group once, to learn what the loss reaches."""
+        for batch in self.rebuilt if self.unvisited else []:
+            self._graph(batch)
+        self.unvisited = False
+
+
+def group(
+    pieces: Sequence[Batch], per_sample: float, budget: float, *, regroup: bool
+) -> tuple[list[list[Batch]], list[Batch]]:
+    """Groups of pieces whose graphs are kept within ``budget`` bytes, and the pieces that are left.
+
+    Neighbouring pieces are merged where ``regroup`` allows: fewer graphs make cheaper products. Where not all
+    fit, room is left for the largest graph that is rebuilt.
+    """
+    sizes = [per_sample * sample_count(piece) for piece in pieces]
+    if budget <= 0:
+        return [], list(pieces)
+    room = budget if sum(sizes) <= budget else budget - max(sizes)
+    kept: list[list[Batch]] = []
+    rebuilt: list[Batch] = []
+    for piece, size in zip(pieces, sizes, strict=True):
+        if size > room:
+            rebuilt.append(piece)
+            continue
+        room -= size
+        if regroup and kept and can_merge(kept[-1][-1], piece):
+            kept[-1].append(piece)
+        else:
+            kept.append([piece])
+    return kept, rebuilt
+
+
+def saved_bytes_per_sample(objective: Objective, weights: Weights, piece: Batch, dtype: torch.dtype | None) -> float:
+    """Memory that a kept graph holds for each sample, seen on a small graph built for the purpose."""
+    cache = objective.__dict__.setdefault("_bytes_per_sample", {})
+    if dtype not in cache:
+        few = take(piece, slice(0, 32)) if objective.can_regroup else piece
+        own = {t.untyped_storage().data_ptr() for t in weights.tensors().values()}
+        seen: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            if tensor.layout != torch.strided:
+                return tensor
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                seen[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with saved_tensors_hooks(pack, lambda tensor: tensor):
+            Graph(objective, weights, few, dtype)
+        cache[dtype] = sum(seen.values()) / sample_count(few)
+    return cache[dtype]
+
+
+def _accumulate(products: Sequence[Tensor | None], total: Tensor, views: Sequence[Tensor], *, fresh: bool) -> None:
+    """Add a product given by parameter to the flat vector ``total``, or write it there if that is ``fresh``."""
+    if fresh and all(p is not None and p.dtype == total.dtype for p in products):
+        torch.cat([p.reshape(-1) for p in products if p is not None], out=total)  # one pass over the memory
+        return
+    if fresh:
+        total.zero_()
+    for view, product in zip(views, products, strict=True):
+        if product is not None:
+            view.add_(product)
+
+
+@contextmanager
+def _watched_hooks() -> Iterator[list[type]]:
+    """Kinds of saved-tensor hooks that a forward pass enters.
+
+    Checkpointing uses them to run the model again in each backward pass, which then must find the weights of the
+    graph in it. PyTorch has no other sign of it when the checkpointed function is not a module.
+    """
+    seen: list[type] = []
+    enter = saved_tensors_hooks.__enter__
+
+    def watch(hooks: saved_tensors_hooks) -> None:
+        seen.append(type(hooks))
+        enter(hooks)
+
+    saved_tensors_hooks.__enter__ = watch  # type: ignore[method-assign]
+    try:
+        yield seen
+    finally:
+        saved_tensors_hooks.__enter__ = enter  # type: ignore[method-assign]
+
+
+def _finite(x: float) -> bool:
+    return x - x == 0

@@ -1,0 +1,186 @@
+"""Whether a graph can be differentiated twice, and whether what looks like a zero is one.
+
+PyTorch's own operations either have a right second derivative or raise. What hides one is custom: an
+``autograd.Function`` whose backward pass is not differentiable, reentrant checkpointing, a detached value.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor
+from torch.autograd.function import BackwardCFunction
+
+from curvdiag.data import Batch, tensors_of
+from curvdiag.errors import CurvdiagWarning, LossError, SecondDerivativeError
+from curvdiag.objective import Objective, Weights, gradient
+from curvdiag.operators.finite_difference import FiniteDifferenceEngine
+
+_REMEDY = "write its backward pass with differentiable operations, or use method='finite-difference'"
+
+
+def check_nodes(
+    objective: Objective, loss: Tensor, parameters: Mapping[str, Tensor], rerun: Callable[[], Tensor]
+) -> bool:
+    """Refuse functions that cannot be differentiated twice; warn once of those that might hide a dependence.
+
+    Args:
+        parameters: The model's own, which the graph of its copies must not contain.
+        rerun: Repeats the forward pass, to find out which module a function belongs to.
+
+    Returns:
+        Whether there is a function of which this is the first warning.
+
+    Raises:
+        SecondDerivativeError: Reentrant checkpointing, or a function marked once-differentiable.
+        LossError: The loss uses a parameter of the live model behind the model's back.
+    """
+    warned: dict[type, str] = objective.__dict__.setdefault("_warned_functions", {})
+    before = len(warned)
+    live = {id(parameter): name for name, parameter in parameters.items()}
+    for node in _walk(loss.grad_fn, set()):
+        held = live.get(id(getattr(node, "variable", None)))
+        if held is not None:
+            raise LossError(
+                f"the loss uses the parameter {held!r} itself, from a list or closure, and not through the model that "
+                "it is given: its curvature would be missed; take it from the model inside loss(model, batch)"
+            )
+        if not isinstance(node, BackwardCFunction):
+            continue
+        function: Any = node._forward_cls  # type: ignore[attr-defined]
+        if function is torch.utils.checkpoint.CheckpointFunction:
+            raise SecondDerivativeError(
+                f"reentrant checkpointing in {_owner(objective, function, rerun)} has no second derivative: use "
+                "torch.utils.checkpoint.checkpoint(..., use_reentrant=False), or method='finite-difference'"
+            )
+        if function.backward.__code__.co_filename == torch.autograd.function.__file__:
+            raise SecondDerivativeError(
+                f"{function.__name__} in {_owner(objective, function, rerun)} is marked once-differentiable: {_REMEDY}"
+            )
+        if function not in warned and not function.__module__.startswith("torch."):
+            warned[function] = f"{function.__name__} in {_owner(objective, function, rerun)}"
+            warnings.warn(
+                f"the custom function {warned[function]} may hide a "
+                "dependence from the second derivative (a detached value in its backward pass goes unseen); one "
+                "product is compared with finite differences, which can tell only where the model is smooth",
+                CurvdiagWarning,
+                stacklevel=2,
+            )
+    return len(warned) > before
+
+
+def check_against_differences(
+    objective: Objective,
+    weights: Weights,
+    batch: Batch,
+    dtype: torch.dtype | None,
+    product: Callable[[Tensor], Tensor],
+) -> None:
+    """Compare one product with finite differences, where these are accurate enough to judge.
+
+    Raises:
+        SecondDerivativeError: They disagree by more than a tenth.
+    """
+    try:
+        differences = FiniteDifferenceEngine(objective, weights, dtype, [batch], rtol=0.02)
+    except SecondDerivativeError:  # kinks: nothing can be said
+        return
+    vector = differences.random_vector()
+    truth = differences.product(vector, differences.step)
+    error = float((product(vector) - truth).norm() / truth.norm().clamp_min(1e-300))
+    if error > 0.1:
+        raise SecondDerivativeError(
+            f"{_suspects(objective)} hides a dependence from the second derivative: a product differs from finite "
+            f"differences by {error:.0%} of its norm; {_REMEDY}"
+        )
+
+
+def _suspects(objective: Objective) -> str:
+    return ", ".join(objective.__dict__.get("_warned_functions", {}).values()) or "a call of detach() or .data"
+
+
+@contextmanager
+def missing_derivatives() -> Iterator[None]:
+    """PyTorch's own refusals to differentiate twice, with what to do about them."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "is not implemented" in str(error) or "twice" in str(error):
+            raise SecondDerivativeError(
+                f"{str(error).splitlines()[0]}: an operation of the model or the loss has no second derivative; use "
+                "another, or method='finite-difference'"
+            ) from error
+        raise
+
+
+def check_truly_zero(
+    objective: Objective,
+    weights: Weights,
+    batches: list[Batch],
+    positions: Sequence[int],
+    dtype: torch.dtype | None,
+) -> None:
+    """Parameters that have a gradient but no second derivative: is the gradient really constant in them?
+
+    A parameter that enters the loss linearly has true zeros there; then moving it changes no gradient at all.
+
+    Raises:
+        SecondDerivativeError: The gradient changes, so that a second derivative is missing.
+    """
+    known: set[str] = objective.__dict__.setdefault("_linear_parameters", set())
+    suspects = [i for i in positions if weights.names[i] not in known]
+    if not suspects:
+        return
+    before = gradient(objective, weights, batches, dtype).double()
+    for i in suspects:
+        moved = list(weights.chosen)
+        noise = torch.randn(moved[i].shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        size = 1e-2 * max(1.0, float(moved[i].detach().norm()))
+        moved[i] = moved[i].detach() + (size * noise / noise.norm()).to(moved[i])
+        after = gradient(objective, weights.replaced(tuple(moved)), batches, dtype).double()
+        eps = torch.finfo(moved[i].dtype).eps
+        if float((after - before).norm()) > 1e3 * eps * float(before.norm()):
+            raise SecondDerivativeError(
+                f"the gradient depends on {weights.names[i]!r}, yet the second backward pass does not see it: a value "
+                f"is detached on the way, in its module or after it, by {_suspects(objective)}; {_REMEDY}"
+            )
+        known.add(weights.names[i])
+
+
+def _walk(root: Any, seen: set[Any]) -> Iterator[Any]:
+    stack = [root]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        yield node
+        stack.extend(following for following, _ in node.next_functions)
+
+
+def _owner(objective: Objective, function: type, rerun: Callable[[], Tensor]) -> str:
+    """The innermost module whose forward pass applies ``function``."""
+    seen: set[Any] = set()
+    found: list[str] = []
+
+    def look(name: str) -> Callable[..., None]:
+        def hook(module: Any, inputs: Any, outputs: Any) -> None:
+            for tensor in tensors_of(outputs):
+                for node in _walk(tensor.grad_fn, seen):
+                    if isinstance(node, BackwardCFunction) and node._forward_cls is function:  # type: ignore[attr-defined]
+                        found.append(f"the module {name!r}" if name else "the model itself")
+
+        return hook
+
+    handles = [module.register_forward_hook(look(name)) for name, module in objective.model.named_modules()]
+    try:
+        rerun()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else "the loss"

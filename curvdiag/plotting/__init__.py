@@ -1,0 +1,15 @@
+"""Pictures of results: every function is ``f(data, ax=None, ...) -> Axes``.
+
+Without ``ax`` a function makes a figure of its own through :mod:`matplotlib.pyplot`, so that notebooks show
+it and ``plt.show()`` finds it; with ``ax`` it draws there and leaves pyplot alone. No function changes a
+global setting. Colours are distinct to colour-blind readers, and every difference of colour is also one of
+lightness, line style or marker, so that a black-and-white print keeps it.
+"""
+
+from curvdiag.plotting.density import density
+from curvdiag.plotting.eigenpairs import eigenpairs
+from curvdiag.plotting.estimate import estimate
+from curvdiag.plotting.heatmap import heatmap
+from curvdiag.plotting.scalars import scalars
+
+__all__ = ["density", "eigenpairs", "estimate", "heatmap", "scalars"]

@@ -1,0 +1,124 @@
+"""The one place that touches a live model, and puts everything back."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+Mode = str
+"""``"eval"`` or ``"train"``: how layers such as BatchNorm and dropout behave during a measurement."""
+
+
+@contextmanager
+def numerics(device: torch.device) -> Iterator[None]:
+    """Autocast and inference mode off, gradients on: what every product needs, forward pass or not."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for kind in {"cpu", device.type}:
+            if torch.amp.is_autocast_available(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
+@contextmanager
+def sandbox(model: nn.Module, mode: Mode, device: torch.device, *, twice: bool) -> Iterator[None]:
+    """Everything a forward pass of a measurement needs, restored on leaving.
+
+    Training flags of each submodule, sparse gradients of embeddings, random states, autocast, gradient and
+    inference mode, compiled calls, attention backends and cuDNN. Parameters and buffers are not restored because
+    they are not touched: :func:`with_tensors` runs the model on copies.
+
+    Args:
+        twice: The forward pass will be differentiated twice: fused attention and cuDNN's recurrent nets,
+            which have no second derivative, are replaced by their plain forms.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(numerics(device))
+        stack.enter_context(random_states())
+        stack.enter_context(_eager())
+        if twice:
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            if device.type == "cuda" and any(isinstance(m, nn.RNNBase) for m in model.modules()):
+                stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        flags = [(module, module.training) for module in model.modules()]
+        sparse = [module for module in model.modules() if getattr(module, "sparse", None) is True]
+        try:
+            for module in sparse:  # sparse gradients cannot be differentiated again
+                module.sparse = False  # type: ignore[assignment]
+            if mode == "eval":
+                for module, _ in flags:
+                    module.training = False
+            else:
+                model.train()
+            yield
+        finally:
+            for module, flag in flags:
+                module.training = flag
+            for module in sparse:
+                module.sparse = True  # type: ignore[assignment]
+
+
+@contextmanager
+def random_states(*generators: torch.Generator | None) -> Iterator[None]:
+    """Random states of PyTorch (CPU and every device in use), Python, NumPy and ``generators``, restored."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - it is the global state that is kept
+    torch_cpu = torch.get_rng_state()
+    torch_cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
+    own = [(g, g.get_state()) for g in generators if g is not None]
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+        torch.set_rng_state(torch_cpu)
+        if torch_cuda is not None:
+            torch.cuda.set_rng_state_all(torch_cuda)
+        for generator, state in own:
+            generator.set_state(state)
+
+
+@contextmanager
+def _eager() -> Iterator[None]:
+    """Compiled functions run as plain Python: compiled graphs cannot be differentiated twice."""
+    if "torch._dynamo" not in sys.modules:  # nothing was compiled, and importing it takes seconds
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+class _Host(nn.Module):
+    """Runs any function while the model's tensors are swapped for others."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, function: Callable[[], Any]) -> Any:
+        return function()
+
+
+def with_tensors(model: nn.Module, tensors: dict[str, Tensor], function: Callable[[], Any]) -> Any:
+    """``function()`` while ``model`` holds ``tensors`` in place of its own parameters and buffers."""
+    return functional_call(_Host(model), {f"model.{name}": t for name, t in tensors.items()}, (function,))
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The plain module inside ``torch.compile``, ``DataParallel`` and ``DistributedDataParallel``."""
+    while True:
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model

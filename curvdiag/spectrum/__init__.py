@@ -1,0 +1,23 @@
+"""Algorithms over any symmetric operator: density, eigenpairs, traces, anisotropy."""
+
+from curvdiag.spectrum.anisotropy import MEASURES, Anisotropy, Measure, anisotropy
+from curvdiag.spectrum.density import SpectralDensity, spectral_density
+from curvdiag.spectrum.eigen import Eigenpairs, power_iteration, top_eigenpairs
+from curvdiag.spectrum.lanczos import Tridiagonal
+from curvdiag.spectrum.trace import diagonal, frobenius_norm, trace
+
+__all__ = [
+    "MEASURES",
+    "Anisotropy",
+    "Eigenpairs",
+    "Measure",
+    "SpectralDensity",
+    "Tridiagonal",
+    "anisotropy",
+    "diagonal",
+    "frobenius_norm",
+    "power_iteration",
+    "spectral_density",
+    "top_eigenpairs",
+    "trace",
+]

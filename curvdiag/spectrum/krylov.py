@@ -1,0 +1,137 @@
+"""A growing orthonormal basis in which a symmetric operator is known up to a few outstanding directions.
+
+The rows of the basis are ``n`` *processed* vectors V, whose products are known, and ``b`` *pending* ones F:
+
+    H V = V T + F C,    T [n, n] symmetric,   C [b, n]
+
+One pending direction is ordinary Lanczos with full orthogonalisation; several arise from several start
+vectors, or from a fresh one put in later. The residual of a Ritz pair (theta, V s) is F C s exactly, and
+replacing V by some of its Ritz vectors keeps the relation: the thick restart.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from curvdiag.errors import NonFiniteError
+from curvdiag.operators.base import LinearMap
+from curvdiag.spectrum.lanczos import BREAKDOWN, NON_FINITE, product, remove_components, row_dots, working_dtype
+
+
+class Subspace:
+    """Basis, projected matrix and coupling; the vectors in the operator's precision, the rest in float64.
+
+    Attributes:
+        capacity: How many vectors, processed and pending, fit before a restart is due.
+        scale: The largest coefficient seen: a lower estimate of the operator's norm.
+        defect: By how much products so far break the symmetry of the projected matrix: rounding, or worse.
+        matvecs: Products made.
+    """
+
+    def __init__(self, operator: LinearMap, capacity: int) -> None:
+        self.operator = operator
+        self.capacity = capacity
+        self.dtype = working_dtype(operator)
+        self.rows = torch.empty(capacity, operator.size, dtype=self.dtype, device=operator.device)
+        self.processed = 0
+        self.pending = 0
+        self.projected = torch.zeros(0, 0, dtype=torch.float64)
+        self.coupling = torch.zeros(0, 0, dtype=torch.float64)
+        self.scale = 0.0
+        self.defect = 0.0
+        self.matvecs = 0
+
+    @property
+    def used(self) -> int:
+        return self.processed + self.pending
+
+    def add(self, vector: Tensor) -> bool:
+        """Make what is new in ``vector`` ``[P]`` a pending direction; False where nothing is.
+
+        ``vector`` is overwritten.
+        """
+        before = float(row_dots(vector[None], vector[None])[0].sqrt())
+        if not before > 0 or self.used >= min(self.capacity, self.operator.size):
+            return False
+        length = before
+        # Twice is enough (Giraud et al. 2005); a third time where nearly all was old.
+        for _ in range(3):
+            remove_components(vector, self.rows[: self.used])
+            length = float(row_dots(vector[None], vector[None])[0].sqrt())
+        if length <= 64 * torch.finfo(self.dtype).eps * before:
+            return False
+        self.rows[self.used] = vector / length
+        self.pending += 1
+        self.coupling = torch.cat([self.coupling, self.coupling.new_zeros(1, self.processed)])
+        return True
+
+    def expand(self, which: int = 0) -> None:
+        """Process one pending direction with one product; its remainder becomes the last pending one."""
+        n, b = self.processed, self.pending
+        if which % b:
+            chosen = [n + which % b, n]
+            self.rows[chosen] = self.rows[chosen[::-1]]
+            self.coupling[[which % b, 0]] = self.coupling[[0, which % b]]
+        basis = self.rows[: n + b]
+        fresh = product(self.operator, basis[n : n + 1])[0]
+        self.matvecs += 1
+        components = remove_components(fresh, basis).double()
+        components += remove_components(fresh, basis).double()
+        beta = row_dots(fresh[None], fresh[None])[0].sqrt()
+        column = torch.cat([components, beta[None].double()]).cpu()
+        if not bool(column.isfinite().all()):
+            raise NonFiniteError(NON_FINITE)
+        self.scale = max(self.scale, float(column.abs().max()))
+        self.defect = math.hypot(self.defect, float((column[:n] - self.coupling[0]).norm()))
+        # Row n of the relation by symmetry: what V sees of the new vector is the old coupling to it.
+        projected = torch.zeros(n + 1, n + 1, dtype=torch.float64)
+        projected[:n, :n] = self.projected
+        projected[n, :n] = projected[:n, n] = self.coupling[0]
+        projected[n, n] = column[n]
+        coupling = torch.zeros(b, n + 1, dtype=torch.float64)
+        coupling[: b - 1, :n] = self.coupling[1:]
+        coupling[: b - 1, n] = column[n + 1 : n + b]
+        coupling[b - 1, n] = column[n + b]
+        self.projected, self.coupling = projected, coupling
+        self.processed, self.pending = n + 1, b - 1
+        if float(beta) > BREAKDOWN * torch.finfo(self.dtype).eps * self.scale and self.used < self.operator.size:
+            self.rows[self.used] = fresh.div_(float(beta))
+            self.pending += 1
+        else:
+            self.coupling = coupling[: b - 1]
+
+    def ritz(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Ritz values ``[n]`` ascending, coefficients ``[n, n]`` in columns, residual norms ``[n]``."""
+        values, coefficients = torch.linalg.eigh(self.projected)
+        residuals = (self.coupling @ coefficients).square().sum(0).sqrt()
+        return values, coefficients, residuals
+
+    def aim(self, direction: Tensor) -> None:
+        """Turn the pending directions so that the first is along ``direction`` ``[b]``, in their coordinates."""
+        if self.pending < 2 or float(direction.norm()) == 0:
+            return
+        rotation, _ = torch.linalg.qr(torch.cat([direction[:, None], torch.eye(self.pending, dtype=torch.float64)], 1))
+        self.coupling = rotation.T @ self.coupling
+        n = self.processed
+        turn = rotation.T.to(self.rows)
+        self.rows[n : self.used] = turn @ self.rows[n : self.used]
+
+    def restart(self, coefficients: Tensor, values: Tensor) -> None:
+        """Keep only the Ritz vectors with these coefficients ``[n, p]`` and values ``[p]``."""
+        n, p, b = self.processed, coefficients.shape[1], self.pending
+        turn = coefficients.T.to(self.rows)
+        # In pieces along P: a whole second basis would double the memory.
+        for first in range(0, self.rows.shape[1], 1 << 20):
+            piece = slice(first, first + (1 << 20))
+            self.rows[:p, piece] = turn @ self.rows[:n, piece]
+        self.rows[p : p + b] = self.rows[n : n + b].clone()
+        self.projected = torch.diag(values)
+        self.coupling = self.coupling @ coefficients
+        self.processed = p
+
+    def vectors(self, coefficients: Tensor) -> Tensor:
+        """Ritz vectors as contiguous rows ``[p, P]``."""
+        return coefficients.T.to(self.rows) @ self.rows[: self.processed]

@@ -1,0 +1,232 @@
+"""Randomised estimates of trace, diagonal and Frobenius norm.
+
+In all of them ``probes`` counts products, so that methods compare at equal cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from curvdiag.errors import ArgumentError, NonFiniteError
+from curvdiag.estimate import Estimate
+from curvdiag.memory import free_bytes
+from curvdiag.operators.base import LinearMap, linear_map
+from curvdiag.spectrum.density import square_root
+from curvdiag.spectrum.lanczos import NON_FINITE, Progress, product, row_dots, working_dtype
+from curvdiag.spectrum.probes import Seed, gaussian, rademacher, resolve_seed
+
+# Vectors that go into one product: enough to share a graph among, few enough to hold.
+GROUP = 8
+
+
+def trace(
+    op: Any,
+    *,
+    method: Literal["hutchinson", "hutch++", "xtrace"] = "hutchinson",
+    probes: int = 24,
+    seed: Seed = 0,
+    progress: Progress | None = None,
+) -> Estimate:
+    """``tr(H)``, from ``probes`` products whatever the method.
+
+    - ``"hutchinson"``: mean of ``z^T H z`` over random signs; the variance of one probe is
+      ``2 sum_{i != j} H_ij^2``. Needs no memory beyond a few vectors.
+    - ``"hutch++"`` (Meyer, Musco, Musco and Woodruff 2021): a third of the products finds a subspace, a third
+      takes the trace there exactly, a third probes the rest; the standard error is that of the last third.
+    - ``"xtrace"`` (Epperly, Tropp and Webber 2024): each of ``probes // 2`` test vectors in turn probes what the
+      subspace of the others leaves; the standard error is the authors', across these estimates. They share most
+      of their subspaces, so on a flat spectrum it is too small, the more the larger ``probes / P`` (by a fifth at
+      36 / 60, where intervals of 95 % cover 87 %).
+
+    The last two are exact where ``probes >= P``, at ``P`` products; they hold about ``probes`` vectors of size
+    ``P``, and are far better where few eigenvalues dominate.
+
+    Args:
+        op: Any square symmetric object with ``shape`` and ``@``.
+        method: See above.
+        probes: Products to spend; Hutch++ needs 3, XTrace 4 (and an odd one over is not spent).
+        seed: An integer, or a generator that advances.
+        progress: Called with (products done, products planned).
+
+    Raises:
+        ArgumentError: An unknown method, or too few probes for it.
+        NonFiniteError: A product held NaN or infinite numbers.
+    """
+    methods = {"hutchinson": (_hutchinson, 1), "hutch++": (_hutchpp, 3), "xtrace": (_xtrace, 4)}
+    if method not in methods:
+        raise ArgumentError(f'the method is "hutchinson", "hutch++" or "xtrace", not {method!r}')
+    estimate, least = methods[method]
+    run = _Products(op, _count(probes, least, f"the trace by {method}"), progress)
+    if method != "hutchinson" and run.operator.size <= probes:
+        return run.exact_trace()
+    return estimate(run, probes, resolve_seed(seed))
+
+
+def diagonal(op: Any, probes: int = 24, seed: Seed = 0, *, progress: Progress | None = None) -> Estimate:
+    """The diagonal of ``H``: the mean of ``z * (H z)`` over random signs ``z`` (Bekas, Kokiopoulou and Saad 2007).
+
+    The value and the standard error are NumPy float64 arrays ``[P]``. One probe has the variance
+    ``sum_{j != i} H_ij^2`` in entry ``i``: a diagonal matrix is exact from a single one.
+
+    Raises:
+        ArgumentError: ``probes`` is not positive.
+        NonFiniteError: A product held NaN or infinite numbers.
+    """
+    run = _Products(op, _count(probes, 1, "the diagonal"), progress)
+    mean = torch.zeros(run.operator.size, dtype=torch.float64)
+    squares = torch.zeros_like(mean)
+    seen = 0
+    for signs, images in run.rademacher(probes, resolve_seed(seed)):
+        for sample in (signs * images).cpu().double():
+            # Welford's update: no difference of large numbers.
+            seen += 1
+            shift = sample - mean
+            mean += shift / seen
+            squares += shift * (sample - mean)
+    spread = squares / (seen - 1) / seen if seen > 1 else torch.full_like(squares, float("nan"))
+    return Estimate(mean.numpy(), spread.sqrt().numpy(), seen)
+
+
+def frobenius_norm(op: Any, probes: int = 24, seed: Seed = 0, *, progress: Progress | None = None) -> Estimate:
+    """``||H||_F``: the root of the mean of ``||H z||^2`` over random signs; the root's error to first order.
+
+    Raises:
+        ArgumentError: ``probes`` is not positive.
+        NonFiniteError: A product held NaN or infinite numbers.
+    """
+    run = _Products(op, _count(probes, 1, "the Frobenius norm"), progress)
+    squares = [row_dots(images, images) for _, images in run.rademacher(probes, resolve_seed(seed))]
+    return square_root(Estimate.from_samples(_finite(torch.cat(squares))))
+
+
+class _Products:
+    """Products with a few rows at a time, counted and checked."""
+
+    def __init__(self, op: Any, planned: int, progress: Progress | None) -> None:
+        self.operator: LinearMap = linear_map(op)
+        self.planned, self.progress, self.done = planned, progress, 0
+        vector = self.operator.size * self.dtype.itemsize
+        self.group = int(max(1, min(GROUP, free_bytes(self.operator.device) // (4 * max(vector, 1)))))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return working_dtype(self.operator)
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        parts = []
+        for part in rows.split(self.group):
+            parts.append(product(self.operator, part))
+            self.done += len(part)
+            if self.progress is not None:
+                self.progress(self.done, self.planned)
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def exact_trace(self) -> Estimate:
+        """The sum of the diagonal, one product for each entry."""
+        op = self.operator
+        self.planned = op.size
+        unit = torch.eye(op.size, dtype=self.dtype, device=op.device)
+        return Estimate.exact(float(_finite(row_dots(unit, self(unit))).sum()))
+
+    def rademacher(self, count: int, seed: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Groups of random signs and their products, both ``[few, P]``."""
+        for start in range(first, first + count, self.group):
+            rows = self.signs(min(self.group, first + count - start), seed, start)
+            images = self(rows)
+            if not bool(images.isfinite().all()):
+                raise NonFiniteError(NON_FINITE)
+            yield rows, images
+
+    def signs(self, count: int, seed: int, first: int = 0) -> Tensor:
+        op = self.operator
+        return rademacher(count, op.size, seed=seed, first=first, dtype=self.dtype, device=op.device)
+
+
+def _hutchinson(run: _Products, probes: int, seed: int) -> Estimate:
+    samples = [row_dots(signs, images) for signs, images in run.rademacher(probes, seed)]
+    return Estimate.from_samples(_finite(torch.cat(samples)))
+
+
+def _hutchpp(run: _Products, probes: int, seed: int) -> Estimate:
+    sketch = probes // 3
+    basis, _, rank = _range(run(run.signs(sketch, seed)))
+    basis = basis[:rank]
+    known = float(_finite(row_dots(basis, run(basis))).sum()) if rank else 0.0
+    rest = run.signs(probes - 2 * sketch, seed, sketch)
+    # Twice, for rounding: what is left of the basis in the rest would count the large eigenvalues again.
+    for _ in range(2):
+        rest = rest - (rest @ basis.T) @ basis
+    residual = Estimate.from_samples(_finite(row_dots(rest, run(rest))))
+    return Estimate(known + residual.value, residual.standard_error, residual.samples)
+
+
+def _xtrace(run: _Products, probes: int, seed: int) -> Estimate:
+    count, size = probes // 2, run.operator.size
+    tests = gaussian(
+        count, size, seed=seed, dtype=run.dtype, device=run.operator.device
+    )  # directions uniform on the sphere, as the normalisation below supposes
+    tests *= (size**0.5 / row_dots(tests, tests).sqrt())[:, None].to(tests)
+    basis, triangle, rank = _range(run(tests))
+    if rank == 0:
+        return Estimate.from_samples(np.zeros(count))
+    images = run(basis[:rank])
+    q = basis[:rank]
+    # From here on everything is small: [rank, rank] or [rank, count].
+    inside = _small(images @ q.T)
+    inside = (inside + inside.T) / 2
+    tested = _small(q @ tests.T)
+    out = _removed_directions(triangle)
+    # Row i of what follows belongs to the subspace without test vector i.
+    kept = tested - out * (out * tested).sum(0)
+    trace_without = inside.trace() - (out * (inside @ out)).sum(0)
+    quadratic = (tested * triangle).sum(0) - 2 * (kept * triangle).sum(0) + (kept * (inside @ kept)).sum(0)
+    dimension = rank - out.square().sum(0)
+    length = size - kept.square().sum(0)
+    scale = torch.where(size - dimension > 0.5, (size - dimension) / length.clamp(min=1e-12 * size), 0.0)
+    return Estimate.from_samples(_finite(trace_without + scale * quadratic))
+
+
+def _range(rows: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Orthonormal rows Q ``[m, P]`` that span ``rows`` ``[k, P]``, coordinates ``[rank, k]`` in them, the rank.
+
+    Only the first ``rank`` rows of Q matter; directions at rounding level are left out.
+    """
+    if not bool(rows.isfinite().all()):
+        raise NonFiniteError(NON_FINITE)
+    basis, triangle = torch.linalg.qr(rows.T)
+    left, singular, right = torch.linalg.svd(_small(triangle), full_matrices=False)
+    rank = int((singular > 8 * torch.finfo(rows.dtype).eps * len(rows) * singular[0].clamp(min=1e-300)).sum())
+    turned = left.T.to(basis) @ basis.T
+    return turned, singular[:rank, None] * right[:rank], rank
+
+
+def _removed_directions(triangle: Tensor) -> Tensor:
+    """Unit vectors ``[rank, k]``: what the span of the columns of ``triangle`` loses without column i.
+
+    Zero where it loses nothing, because the other columns span it too.
+    """
+    dual = torch.linalg.pinv(triangle).T
+    # Column i is missed exactly where its dual vector sees it alone.
+    own = (dual * triangle).sum(0)
+    return torch.where(own > 1 - 1e-6, dual / dual.norm(dim=0).clamp(min=1e-300), 0.0)
+
+
+def _small(matrix: Tensor) -> Tensor:
+    return matrix.detach().cpu().double()
+
+
+def _finite(samples: Tensor) -> np.ndarray:
+    if not bool(samples.isfinite().all()):
+        raise NonFiniteError(NON_FINITE)
+    return samples.cpu().double().numpy()
+
+
+def _count(probes: int, least: int, what: str) -> int:
+    if isinstance(probes, bool) or int(probes) != probes or probes < least:
+        raise ArgumentError(f"{what} needs at least {least} probes, not {probes!r}")
+    return int(probes)

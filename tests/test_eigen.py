@@ -1,0 +1,218 @@
+"""Eigenpairs: residual bounds against LAPACK, multiplicities, restarts, warm starts, product counts."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from matrices import Foreign, heavy_tailed, with_spectrum
+from scipy.sparse import csr_matrix
+from scipy.sparse.linalg import aslinearoperator
+
+from curvdiag.errors import ArgumentError, NonFiniteError
+from curvdiag.spectrum import power_iteration, top_eigenpairs
+
+
+def expected(eigenvalues, which, k):
+    descending = eigenvalues.double().sort(descending=True).values
+    if which == "LA":
+        return descending[:k]
+    if which == "SA":
+        return descending.flip(0)[:k]
+    if which == "LM":
+        return descending[descending.abs().argsort(descending=True)][:k]
+    return torch.cat([descending[: k - k // 2], descending[len(descending) - k // 2 :]])
+
+
+def check_against_lapack(pairs, matrix, slack=1e-12):
+    """What an Eigenpairs promises: unit orthogonal vectors, true residuals, bounds that hold."""
+    exact = torch.linalg.eigvalsh(matrix)
+    vectors = pairs.vectors.double()
+    assert (vectors.T @ vectors - torch.eye(vectors.shape[1], dtype=torch.float64)).abs().max() < 1e-5
+    explicit = (matrix @ vectors - vectors * pairs.values).norm(dim=0)
+    scale = float(exact.abs().max())
+    eps = torch.finfo(pairs.vectors.dtype).eps
+    # The residuals come from the recurrence; they equal the explicit ones up to rounding.
+    assert (explicit - pairs.residuals).abs().max() <= 30 * eps * scale + slack
+    distance = (pairs.values[:, None] - exact).abs().min(dim=1).values
+    assert (distance <= pairs.residuals + slack).all()
+
+
+@pytest.mark.parametrize("which", ["LA", "SA", "LM", "BE"])
+@pytest.mark.parametrize("k", [1, 4, 7])
+def test_every_end_of_the_spectrum_agrees_with_lapack(which, k):
+    values = torch.cat([heavy_tailed(260), -torch.logspace(1.4, -1, 40, dtype=torch.float64)])
+    matrix, _ = with_spectrum(values)
+    pairs = top_eigenpairs(matrix, k, which=which, tol=1e-9)
+    assert pairs.converged.all()
+    np.testing.assert_allclose(pairs.values, expected(values, which, k), rtol=1e-9)
+    check_against_lapack(pairs, matrix)
+
+
+@pytest.mark.parametrize("tol", [1e-1, 1e-2, 1e-3, 1e-6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_residual_bounds_hold_against_lapack(tol, dtype):
+    values = heavy_tailed(300)
+    matrix, _ = with_spectrum(values)
+    for seed in range(4):
+        pairs = top_eigenpairs(matrix.to(dtype), 5, tol=tol, seed=seed)
+        check_against_lapack(pairs, matrix.to(dtype).double(), slack=1e-12 if dtype == torch.float64 else 1e-4)
+        assert (pairs.residuals <= tol * 50 * 1.01).all() == bool(pairs.converged.all())
+    assert pairs.values.dtype == torch.float64
+    assert pairs.vectors.shape == (300, 5)
+    assert pairs.vectors.T.is_contiguous()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("k", [1, 5, 9, 12])
+def test_nine_fold_eigenvalues_are_found_with_their_copies(dtype, k):
+    # As in softmax regression at zero weights: the covariance of the inputs, once for each of nine directions.
+    values = (10 * torch.logspace(0, -4, 30, dtype=torch.float64)).repeat_interleave(9)
+    matrix, _ = with_spectrum(values)
+    for seed in range(3):
+        pairs = top_eigenpairs(matrix.to(dtype), k, tol=1e-3, seed=seed)
+        assert pairs.converged.all()
+        check_against_lapack(pairs, matrix, slack=1e-12 if dtype == torch.float64 else 1e-5)
+        np.testing.assert_allclose(pairs.values, values[:k], rtol=1e-4)
+
+
+def test_without_the_check_copies_are_missed():
+    values = (10 * torch.logspace(0, -4, 30, dtype=torch.float64)).repeat_interleave(9)
+    matrix, _ = with_spectrum(values)
+    pairs = top_eigenpairs(matrix, 5, check_multiplicity=False)
+    assert (pairs.values - values[:5]).abs().max() > 1
+    check_against_lapack(pairs, matrix)
+
+
+def test_a_warm_start_that_is_blind_to_a_new_largest_eigenvalue_finds_it():
+    matrix, basis = with_spectrum(heavy_tailed(200))
+    pairs = top_eigenpairs(matrix, 1, start=basis[:, 1])
+    assert float(pairs.values[0]) == pytest.approx(50, rel=1e-5)
+    blind = top_eigenpairs(matrix, 1, start=basis[:, 1], check_multiplicity=False)
+    assert float(blind.values[0]) < 40
+
+
+def test_product_counts_stay_those_of_a_good_lanczos():
+    matrix, _ = with_spectrum(heavy_tailed(800))
+    for k, tol, most in ((1, 1e-2, 7), (1, 1e-3, 8), (5, 1e-2, 14), (5, 1e-3, 15), (10, 1e-2, 18), (10, 1e-3, 19)):
+        counts = [top_eigenpairs(matrix, k, tol=tol, seed=s).matvecs for s in range(7)]
+        assert np.median(counts) <= most
+    found = top_eigenpairs(matrix, 1, tol=1e-3)
+    nearby = matrix + 0.02 * with_spectrum(torch.randn(800, generator=torch.Generator().manual_seed(0)), seed=5)[0]
+    for start, most in ((found.vectors, 5), (found.vectors[:, 0], 5)):
+        warm = top_eigenpairs(nearby, 1, tol=1e-3, start=start)
+        assert warm.matvecs <= most
+        check_against_lapack(warm, nearby)
+
+
+def test_products_are_counted_as_made():
+    class Counting(Foreign):
+        made = 0
+
+        def __matmul__(self, vector):
+            self.made += 1
+            return super().__matmul__(vector)
+
+    matrix, _ = with_spectrum(heavy_tailed(100))
+    for run in (lambda op: top_eigenpairs(op, 6, tol=1e-6), power_iteration):
+        op = Counting(matrix)
+        assert run(op).matvecs == op.made
+
+
+def test_restarts_on_a_short_basis_reach_the_same_pairs():
+    values = torch.linspace(0, 1, 300, dtype=torch.float64)
+    matrix, _ = with_spectrum(values)
+    pairs = top_eigenpairs(matrix, 6, tol=1e-8, basis_size=20, max_matvecs=3000)
+    assert pairs.converged.all()
+    assert pairs.matvecs > 40  # so it did restart
+    np.testing.assert_allclose(pairs.values, expected(values, "LA", 6), atol=1e-10)
+    check_against_lapack(pairs, matrix)
+
+
+def test_what_has_not_converged_is_flagged():
+    matrix, _ = with_spectrum(torch.linspace(0, 1, 300, dtype=torch.float64))
+    pairs = top_eigenpairs(matrix, 6, tol=1e-8, max_matvecs=12)
+    assert pairs.matvecs == 12
+    assert not pairs.converged.any()
+    check_against_lapack(pairs, matrix)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("which", ["LA", "SA", "LM", "BE"])
+def test_zero_identity_and_tiny_matrices(dtype, which):
+    for matrix, value in ((torch.zeros(6, 6), 0.0), (torch.eye(6), 1.0), (-2 * torch.ones(1, 1), -2.0)):
+        for k in (1, 3, 20):
+            pairs = top_eigenpairs(matrix.to(dtype), k, which=which)
+            assert len(pairs.values) == min(k, len(matrix))  # clipped to P
+            assert pairs.converged.all()
+            np.testing.assert_allclose(pairs.values, value, atol=1e-6)
+            check_against_lapack(pairs, matrix.double(), slack=1e-6)
+    whole = top_eigenpairs(torch.diag(torch.arange(8.0, dtype=dtype)), 8)
+    np.testing.assert_allclose(whole.values, np.arange(8.0)[::-1], atol=1e-5)
+    low_rank = torch.zeros(50, 50, dtype=dtype)
+    low_rank[0, 0], low_rank[1, 1] = 3, -1
+    np.testing.assert_allclose(top_eigenpairs(low_rank, 4, which="LM").values, [3, -1, 0, 0], atol=1e-5)
+
+
+def test_an_asymmetric_operator_shows_in_the_residuals():
+    matrix, _ = with_spectrum(heavy_tailed(100))
+    generator = torch.Generator().manual_seed(0)
+    noisy = matrix + 0.05 * torch.randn(100, 100, generator=generator, dtype=torch.float64)
+    assert top_eigenpairs(noisy, 5, tol=1e-6).residuals.min() > 0.01
+    assert not top_eigenpairs(noisy, 5, tol=1e-6).converged.any()
+
+
+def test_any_square_object_with_shape_and_product_serves():
+    matrix, _ = with_spectrum(heavy_tailed(60))
+    array = matrix.numpy()
+    for op in (array, csr_matrix(array), aslinearoperator(array), Foreign(matrix), matrix.float()):
+        np.testing.assert_allclose(top_eigenpairs(op, 3).values, heavy_tailed(60)[:3], rtol=1e-4)
+
+
+def test_power_iteration_agrees_with_lapack_and_says_when_it_does_not_converge():
+    matrix, _ = with_spectrum(heavy_tailed(200))
+    pairs = power_iteration(matrix, tol=1e-6, max_matvecs=500)
+    assert pairs.converged.all()
+    assert float(pairs.values) == pytest.approx(50, rel=1e-9)
+    check_against_lapack(pairs, matrix)
+    assert power_iteration(matrix, start=pairs.vectors[:, 0]).matvecs == 1
+    assert float(power_iteration(-matrix, tol=1e-6, max_matvecs=500).values) == pytest.approx(-50, rel=1e-9)
+    tied, _ = with_spectrum(torch.tensor([1.0, -1.0] + [0.0] * 20))
+    assert not power_iteration(tied).converged.any()
+    assert power_iteration(torch.zeros(5, 5)).converged.all()
+
+
+def test_a_result_leaves_its_vectors_out_of_json_and_prints_its_state():
+    pairs = top_eigenpairs(torch.eye(4), 2)
+    assert set(pairs.to_dict()) == {"values", "residuals", "converged", "matvecs"}
+    assert "2 eigenpairs" in str(pairs)
+
+
+def test_bad_arguments_and_products_are_named():
+    matrix = torch.eye(5)
+    for wrong, message in (
+        ({"k": 0}, "k is"),
+        ({"which": "LR"}, "which"),
+        ({"tol": 0}, "tolerance"),
+        ({"start": torch.ones(4)}, "start"),
+        ({"start": torch.full((5,), float("nan"))}, "start"),
+        ({"k": 3, "max_matvecs": 2}, "max_matvecs"),
+        ({"k": 3, "basis_size": 4}, "basis"),
+    ):
+        with pytest.raises(ArgumentError, match=message):
+            top_eigenpairs(matrix, **wrong)
+    for run in (top_eigenpairs, power_iteration):
+        with pytest.raises(NonFiniteError):
+            run(torch.full((5, 5), float("nan")))
+
+
+def test_progress_is_told_and_may_interrupt():
+    seen = []
+    top_eigenpairs(torch.diag(torch.arange(20.0)), 3, progress=lambda *p: seen.append(p))
+    assert seen[-1] == (3, 3)
+
+    def stop(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        top_eigenpairs(torch.eye(9), progress=stop)
