@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 BENCH_INSTALLED := $(VENV)/.installed-bench
 
-.PHONY: help install demo test test-long lint types format bench clean
+.PHONY: help install demo figures test test-long lint types format bench clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
@@ -22,6 +22,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 demo: $(INSTALLED)  ## Train a small network with the monitor attached; pictures in runs/demo/
 	$(BIN)/curvdiag demo --out runs/demo
+
+figures: demo  ## Remake the picture of the README
+	cp runs/demo/heatmap.png figures/demo_heatmap.png
 
 test: $(INSTALLED) lint types  ## Lint, types and the test suite
 	$(BIN)/python -m pytest

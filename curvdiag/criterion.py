@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from curvdiag.data import Batch, map_tensors, sample_count
+from curvdiag.data import Batch, can_cut, map_tensors, sample_count, take
 from curvdiag.errors import LossError
 
 _SUM_REMEDY = (
@@ -54,7 +54,14 @@ class CriterionLoss:
 
     def value(self, model: nn.Module, batch: Batch) -> Tensor:
         """What the criterion itself returns, as a scalar."""
-        result = self.criterion(call_model(model, batch[0]), batch[1])
+        return self._mean(call_model(model, batch[0]), batch)
+
+    def has_weight(self, batch: Batch) -> bool:
+        """Whether any sample of the batch counts; none does where every target is ignored."""
+        return bool(self.counts_of(batch).sum() > 0)
+
+    def _mean(self, outputs: Any, batch: Batch) -> Tensor:
+        result = self.criterion(outputs, batch[1])
         return result if result.ndim == 0 else _samples(result, sample_count(batch)).mean()
 
     def inspect(self, model: nn.Module, batch: Batch) -> float:
@@ -72,20 +79,27 @@ class CriterionLoss:
             _refuse_sum(self.criterion, outputs, targets, raw)
             self.note = "the criterion gives only a mean; return per-sample losses (reduction='none') instead"
             return float(raw)
-        totals, counts = self._apart(self.unreduced(outputs, targets), batch), self.counts_of(batch)
-        mean = totals.sum() / counts.sum()
-        scale = float(totals.abs().sum() / counts.sum())
-        tolerance = 100 * torch.finfo(raw.dtype).eps * max(scale, torch.finfo(raw.dtype).tiny)
-        if bool(torch.isfinite(raw)) and abs(float(mean) - float(raw)) > tolerance:
+        self.per_sample = self._is_mean_of_samples(raw, outputs, targets, batch)
+        if not self.per_sample:
             _refuse_sum(self.criterion, outputs, targets, raw)
             self.unreduced = None
             self.note = (
-                f"the criterion's mean ({float(raw):.6g}) is not that of its per-sample losses ({float(mean):.6g}); "
-                "give the loss per sample with Objective.from_loss(..., weight=...)"
+                "the criterion's mean is not that of its losses with reduction='none'; give the loss per sample with "
+                "Objective.from_loss(..., weight=...)"
             )
-            return float(raw)
-        self.per_sample = True
         return float(raw)
+
+    def _is_mean_of_samples(self, mean: Tensor, outputs: Any, targets: Any, batch: Batch) -> bool:
+        assert self.unreduced is not None
+        try:
+            losses = self.unreduced(outputs, targets)
+        except Exception:  # a criterion that has a reduction and does not know "none"
+            return False
+        if not isinstance(losses, Tensor) or losses.ndim == 0 or losses.shape[0] % sample_count(batch):
+            return False
+        totals, weight = self._apart(losses, batch), self.counts_of(batch).sum()
+        tolerance = 100 * torch.finfo(mean.dtype).eps * float(totals.abs().sum() / weight)
+        return not bool(torch.isfinite(mean)) or abs(float(totals.sum() / weight) - float(mean)) <= tolerance
 
     def totals(self, model: nn.Module, batch: Batch) -> Tensor:
         """``t_i`` as ``[B]``, or as a scalar where only the mean is known."""
@@ -93,7 +107,7 @@ class CriterionLoss:
         if self.per_sample:
             assert self.unreduced is not None
             return self._apart(self.unreduced(outputs, batch[1]), batch)
-        return self.criterion(outputs, batch[1]) * sample_count(batch)
+        return self._mean(outputs, batch) * sample_count(batch)
 
     def counts(self, batch: Batch) -> Tensor:
         """``c_i`` as ``[B]``, or their sum as a scalar where only the mean is known; float64, on the CPU."""
@@ -136,8 +150,16 @@ class FunctionLoss:
         self.per_sample, self.note = seen.per_sample, seen.note
 
     def value(self, model: nn.Module, batch: Batch) -> Tensor:
-        totals = self.totals(model, batch)
-        return totals.sum() / self.counts(batch).sum().to(totals.device, totals.dtype)
+        """The mean over the batch, as a scalar."""
+        raw = self.loss(model, batch)
+        if raw.ndim == 0:
+            return raw
+        counts = self._weights(batch).to(raw.device, raw.dtype)
+        return (_samples(raw, sample_count(batch)) * counts).sum() / counts.sum()
+
+    def has_weight(self, batch: Batch) -> bool:
+        """Whether any sample of the batch counts."""
+        return bool(self._weights(batch).sum() > 0)
 
     def inspect(self, model: nn.Module, batch: Batch) -> float:
         raw = self.loss(model, batch)
@@ -150,24 +172,87 @@ class FunctionLoss:
         return float(self.value(model, batch))
 
     def totals(self, model: nn.Module, batch: Batch) -> Tensor:
-        raw = self.loss(model, batch)
+        """``t_i`` as ``[B]``, or as a scalar where only the mean is known."""
         if not self.per_sample:
-            if raw.ndim:
-                raise LossError(f"the loss was a scalar on the first batch and has shape {tuple(raw.shape)} on another")
-            return raw * float(self.counts(batch))
+            return self.value(model, batch) * float(self.counts(batch))
+        raw = self.loss(model, batch)
+        if raw.ndim == 0:
+            raise LossError("the loss was one for each sample on the first batch, and is a scalar on another")
         return _samples(raw, sample_count(batch)) * self.counts(batch).to(raw.device, raw.dtype)
 
     def counts(self, batch: Batch) -> Tensor:
-        count = sample_count(batch)
+        """``c_i`` as ``[B]``, or their sum as a scalar where only the mean is known; float64, on the CPU."""
+        counts = self._weights(batch)
+        if not self.per_sample:
+            return counts.sum()
+        if counts.shape != (sample_count(batch),):
+            raise LossError(
+                f"weight(batch) must give one weight for each of {sample_count(batch)} samples, not shape "
+                f"{tuple(counts.shape)}"
+            )
+        return counts
+
+    def _weights(self, batch: Batch) -> Tensor:
         if self.weight is None:
-            counts = torch.ones(count, dtype=torch.float64)
-        else:
-            counts = torch.as_tensor(self.weight(batch), dtype=torch.float64).detach().cpu()
-        if self.per_sample:
-            if counts.shape != (count,):
-                raise LossError(f"weight(batch) must give one weight for each of {count} samples, not {counts.shape}")
-            return counts
-        return counts.sum()
+            return torch.ones(sample_count(batch), dtype=torch.float64)
+        return torch.as_tensor(self.weight(batch), dtype=torch.float64).detach().cpu()
+
+
+Loss = CriterionLoss | FunctionLoss
+
+
+def check_by_halves(loss: Loss, model: nn.Module, batch: Batch, *, several: bool) -> None:
+    """Compare the loss of the two halves of a batch with that of the whole, which tells what a mean is over.
+
+    A per-sample loss that another half changes couples its samples, and is used as a mean from then on.
+
+    Args:
+        several: There are more batches, whose means must be weighted against each other.
+
+    Raises:
+        LossError: The loss is a sum; or it is a mean over something other than samples, of several batches, and
+            nothing says how the batches are weighted.
+    """
+    count = sample_count(batch)
+    unweighted = several and getattr(loss, "weight", None) is None
+    if count < 2 or not can_cut(batch):
+        if not loss.per_sample and unweighted and not can_cut(batch):
+            raise LossError(
+                "the loss gives a mean, and the tensors of a batch have different first dimensions, so that nothing "
+                "says how much each batch counts: give weight=, a function of the batch"
+            )
+        return
+    halves = [take(batch, slice(0, count // 2)), take(batch, slice(count // 2, count))]
+    try:
+        if loss.per_sample:
+            whole, apart = loss.totals(model, batch), torch.cat([loss.totals(model, half) for half in halves])
+            if not _close(apart, whole):
+                loss.per_sample = False
+                loss.note = "samples of a batch change each other's losses"
+            return
+        mean, (one, two) = loss.value(model, batch), (loss.value(model, half) for half in halves)
+    except LossError:
+        raise
+    except Exception as error:  # the loss takes only batches of this size
+        loss.per_sample = False
+        loss.note = f"the loss cannot be taken of half a batch ({type(error).__name__}: {error})"
+        return
+    weights = [float(loss.counts(half)) for half in halves]
+    if _close((weights[0] * one + weights[1] * two) / max(sum(weights), 1e-300), mean):
+        return
+    if _close(one + two, mean):
+        raise LossError(f"the loss is a sum over samples: {_SUM_REMEDY}")
+    if several and getattr(loss, "weight", None) is None:
+        raise LossError(
+            f"the loss is a mean over something other than samples (on two halves of a batch {float(one):.6g} and "
+            f"{float(two):.6g}, on the whole {float(mean):.6g}), so that nothing says how much each batch counts: give "
+            "Objective.from_loss(..., weight=...) the number of tokens, or one loss for each sample"
+        )
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    tolerance = max(1e-3, 10 * torch.finfo(b.dtype).eps)
+    return a.shape == b.shape and bool((a - b).abs().max() <= tolerance * b.abs().max())
 
 
 def call_model(model: nn.Module, inputs: Any) -> Any:

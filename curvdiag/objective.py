@@ -6,14 +6,13 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from curvdiag.criterion import CriterionLoss, FunctionLoss
+from curvdiag.criterion import CriterionLoss, FunctionLoss, Loss, check_by_halves
 from curvdiag.data import Batch, can_cut, place, read_batches, sample_count, take, tensors_of
 from curvdiag.errors import ArgumentError, DataError, LossError, NonFiniteError, NotDeterministicError
 from curvdiag.parameters import Parameters, Selection
@@ -121,7 +120,7 @@ class Objective:
     def _set_up(
         self,
         model: nn.Module,
-        loss: CriterionLoss | FunctionLoss,
+        loss: Loss,
         batches: list[Batch],
         notes: list[str],
         params: Selection | None,
@@ -134,7 +133,7 @@ class Objective:
         self.parameters = Parameters.of(self.model, params)
         self.batches = batches
         self._loss = loss
-        self._moved_losses: dict[torch.dtype | None, CriterionLoss | FunctionLoss] = {}
+        self._moved_losses: dict[torch.dtype | None, Loss] = {}
         self._check_first_batch()
         self.notes = tuple(notes + ([loss.note] if loss.note else []))
         self._count()
@@ -146,24 +145,28 @@ class Objective:
             raise DataError("the weights of all samples add up to zero: every target is ignored or has class weight 0")
 
     def _check_first_batch(self) -> None:
-        """Two forward passes over the first batch: the loss is finite, understood and the same both times."""
-        weights, model, first = self.weights(), self.model, self.batches[0]
+        """A few forward passes over the first batch: the loss is finite, understood and the same each time."""
+        weights, model = self.weights(), self.model
+        index = next((i for i, batch in enumerate(self.batches) if self._loss.has_weight(batch)), 0)
 
         def twice() -> tuple[float, float, bool]:
-            batch, loss = place(first, self.device, None), self._moved(None)
+            batch, loss = place(self.batches[index], self.device, None), self._moved(None)
             state = torch.get_rng_state()
             with torch.no_grad():
                 one = loss.inspect(model, batch)
                 drew = not torch.equal(state, torch.get_rng_state())
-                return one, float(loss.value(model, batch)), drew
+                two = float(loss.value(model, batch))
+                if one == two and not self.couples_samples:
+                    check_by_halves(loss, model, batch, several=len(self.batches) > 1)
+                return one, two, drew
 
         with sandbox(model, self.mode, self.device, twice=False):
             one, two, drew = with_tensors(model, weights.tensors(), twice)
         self._loss.learn(self._moved(None))
         if not math.isfinite(one):
             raise NonFiniteError(
-                f"the loss on batch 0 is {one}; there is no curvature at these weights: look for a learning rate that "
-                "is too high, or for bad values in the batch"
+                f"the loss on batch {index} is {one}; there is no curvature at these weights: look for a learning "
+                "rate that is too high, or for bad values in the batch"
             )
         if abs(one - two) > 100 * torch.finfo(self.dtype).eps * max(abs(one), abs(two)):
             raise NotDeterministicError(
@@ -189,7 +192,7 @@ class Objective:
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    @cached_property
+    @property
     def dtype(self) -> torch.dtype:
         """The type of a flat vector: the widest among the chosen parameters."""
         dtype = self._live[0].dtype
@@ -250,7 +253,7 @@ class Objective:
         """
         return self._moved(dtype).totals(self.model, place(batch, self.device, dtype))
 
-    def _moved(self, dtype: torch.dtype | None) -> CriterionLoss | FunctionLoss:
+    def _moved(self, dtype: torch.dtype | None) -> Loss:
         if dtype not in self._moved_losses:
             self._moved_losses[dtype] = self._loss.to(self.device, dtype)
         return self._moved_losses[dtype]
@@ -303,7 +306,7 @@ class Objective:
         if micro_batch is None:
             yield from self.batches
             return
-        if micro_batch < 1:
+        if not isinstance(micro_batch, int) or micro_batch < 1:
             raise ArgumentError(f"micro_batch is a number of samples, at least 1, not {micro_batch}")
         if not self.can_regroup:
             raise LossError(f"micro_batch cuts batches by sample, which this objective does not allow: {self.why()}")

@@ -244,7 +244,9 @@ def test_nan_leaves_a_gap_and_the_log_scale_is_taken_only_where_it_can_be() -> N
     assert plotting.scalars(scalar(values=[1.0, 1000.0]), new_axes()).get_yscale() == "log"
     assert plotting.scalars(scalar(values=[1.0, 2.0]), new_axes()).get_yscale() == "linear"
     assert plotting.scalars(scalar(values=[-1.0, 1000.0]), new_axes()).get_yscale() == "linear"
-    band = plotting.scalars(scalar(values=[1.0, 1000.0], errors=[5.0, 1.0], samples=3), new_axes())
+    wide = scalar(values=[1.0, 1000.0], errors=[5.0, 1.0], samples=3)
+    assert plotting.scalars(wide, new_axes()).get_yscale() == "linear"
+    band = plotting.scalars(wide, new_axes(), log=True)
     assert (band.collections[0].get_paths()[0].vertices[:, 1] > 0).all()
     with pytest.raises(ArgumentError):
         plotting.scalars([], new_axes())

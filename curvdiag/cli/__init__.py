@@ -13,9 +13,10 @@ from curvdiag.cli.demo import demo
 from curvdiag.cli.export import export
 from curvdiag.cli.plot import plot
 from curvdiag.cli.runs import runs
+from curvdiag.cli.verify import verify
 from curvdiag.errors import CurvdiagError
 
-COMMANDS = (demo, plot, runs, export)
+COMMANDS = (demo, plot, runs, export, verify)
 
 app = typer.Typer(
     name="curvdiag",

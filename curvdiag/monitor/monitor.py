@@ -92,9 +92,12 @@ class CurvatureMonitor:
     ) -> None:
         if every is not None and cadence is not None:
             raise ArgumentError("give every= or cadence=, not both")
+        if cadence is not None and not callable(cadence):
+            raise ArgumentError(f"cadence= is a function of the step, not {cadence!r}; every={cadence!r} for a number")
         self.objective = objective
         self.settings = Settings(preset, steps, probes, tol, seed, dict(hessian or {}))
-        self.cadence: Cadence = cadence or (Every(every) if every is not None else OverheadBudget(0.1))
+        default = OverheadBudget(0.1) if every is None else Every(every)
+        self.cadence: Cadence = default if cadence is None else cadence
         self.steps_per_epoch = steps_per_epoch
         self.strict = strict
         self.steps_done = 0
@@ -150,7 +153,8 @@ class CurvatureMonitor:
 
     def observe_loss(self, loss: float | Tensor) -> None:
         """Say what the training loss is. A tensor is read only when a measurement is recorded."""
-        self._loss = loss.detach() if isinstance(loss, Tensor) else float(loss)
+        # A copy, because loops reuse and rescale the tensor that they log.
+        self._loss = loss.detach().clone() if isinstance(loss, Tensor) else float(loss)
 
     # Measuring
 
@@ -303,8 +307,7 @@ class CurvatureMonitor:
         """Detach, and close the run file if the monitor opened it."""
         self.detach()
         if self._store is not None and self._owns_store:
-            self._store.close()
-            self._store = self._run = None
+            self._store.close()  # kept, so that a checkpoint made afterwards still says which run it was
 
     def __enter__(self) -> CurvatureMonitor:
         self.clock.start()

@@ -27,7 +27,8 @@ def optimizer_scalars(optimizer: Optimizer) -> dict[str, float]:
     scalars: dict[str, float] = {}
     for index, group in enumerate(optimizer.param_groups):
         name = group.get("name", index)
-        momentum = group.get("momentum", group.get("betas", (None,))[0])
+        betas = group.get("betas")
+        momentum = group.get("momentum", betas[0] if isinstance(betas, tuple | list) and betas else None)
         for key, value in (("lr", group.get("lr")), ("momentum", momentum), ("p", group.get("p"))):
             number = as_number(value)
             if number is not None:

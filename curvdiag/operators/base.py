@@ -150,6 +150,8 @@ def linear_map(op: Any) -> LinearMap:
 
         return LinearMap(through_numpy, size, dtype, torch.device("cpu"))
     dtype = getattr(op, "dtype", None) or torch.get_default_dtype()
+    if not isinstance(dtype, torch.dtype):
+        dtype = torch.float32 if np.dtype(dtype) == np.float32 else torch.float64
     device = torch.device(getattr(op, "device", None) or "cpu")
 
     def foreign(rows: Tensor) -> Tensor:

@@ -73,6 +73,12 @@ class FiniteDifferenceEngine:
                 f"finite differences need a forward pass in float32 or float64, and the weights are "
                 f"{weights.chosen[0].dtype}: give dtype=torch.float32"
             )
+        shrinking = [n for n, m in objective.model.named_modules() if getattr(m, "max_norm", None) is not None]
+        if shrinking:
+            raise SecondDerivativeError(
+                f"{shrinking[0]!r} has max_norm, which moves its weights back during the forward pass: finite "
+                "differences would not see where they were moved; use method='exact'"
+            )
         self.length = _norm(weights.chosen) or 1.0
         self.step = coarsest ** (1 / 3) * self.length
         self.error = self._measured_error()

@@ -56,6 +56,8 @@ class Hessian(SymmetricOperator):
     ) -> None:
         if share and dtype is not None:
             raise ArgumentError("share=True works on the model's own weights and cannot change their dtype")
+        if dtype is not None and not dtype.is_floating_point:
+            raise ArgumentError(f"dtype is a real floating-point type, not {dtype}")
         if memory is not None and memory < 0:
             raise ArgumentError(f"memory is a number of bytes, not {memory}")
         if not rtol > 0:
@@ -134,7 +136,7 @@ class Hessian(SymmetricOperator):
 
 def _fingerprint(tensors: list[Tensor]) -> Tensor:
     """Numbers that change whenever any weight does, short of a conspiracy: sums of values and of squares."""
-    real = [t.double() for t in tensors if t.numel()]
+    real = [(torch.view_as_real(t.resolve_conj()) if t.is_complex() else t).double() for t in tensors if t.numel()]
     if not real:
         return torch.zeros(0)
     ramps = [torch.arange(1, t.numel() + 1, device=t.device, dtype=torch.float64) for t in real]

@@ -1,0 +1,137 @@
+"""Timing beside a unit: every figure is a ratio to the user's own gradient loop, measured next to it.
+
+Candidates take turns (A B C A B C ...), and a block of gradients stands before and after each turn, so that whatever
+the machine does meanwhile hits the candidate and its unit alike.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Ratios to the unit, one for each turn."""
+
+    ratios: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.ratios)
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.ratios)
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        if len(self.ratios) < 2:
+            return self.ratios[0], self.ratios[0]
+        low, _, high = statistics.quantiles(self.ratios, n=4, method="inclusive")
+        return low, high
+
+    def __sub__(self, other: Timing) -> Timing:
+        """Turn by turn."""
+        return Timing(tuple(a - b for a, b in zip(self.ratios, other.ratios, strict=True)))
+
+
+def seconds(call: Call, repeats: int = 2, *, warm_up: bool = True) -> float:
+    """Time of one call, the mean of ``repeats`` after one that does not count."""
+    if warm_up:
+        call()
+    started = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - started) / repeats
+
+
+def alternate(unit: Call, candidates: Mapping[str, Call], *, rounds: int, repeats: int = 2) -> dict[str, Timing]:
+    """Time short calls in turns, each between two blocks of ``unit``."""
+    for call in candidates.values():
+        call()
+    ratios: dict[str, list[float]] = {name: [] for name in candidates}
+    with _no_collection():
+        before = seconds(unit, repeats)
+        for _ in range(rounds):
+            for name, call in candidates.items():
+                taken = seconds(call, repeats)
+                after = seconds(unit, repeats)
+                ratios[name].append(2 * taken / (before + after))
+                before = after
+    return {name: Timing(tuple(values)) for name, values in ratios.items()}
+
+
+def once(unit: Call, call: Call, count: int, *, repeats: int = 4) -> float:
+    """The ratio of one long call, as a share of ``count`` steps, between two blocks of ``unit``."""
+    with _no_collection():
+        before = seconds(unit, repeats)
+        taken = seconds(call, 1, warm_up=False)
+        after = seconds(unit, repeats)
+    return 2 * taken / (before + after) / count
+
+
+class Pauses:
+    """Takes a long call apart: at every ``every``-th call of :meth:`tick` its clock stops for the ``units``.
+
+    The stretches between pauses are then compared with units timed at both of their ends.
+    """
+
+    def __init__(self, units: Sequence[Call], every: int) -> None:
+        self.units, self.every = units, every
+        self.stretches: list[float] = []
+        self.at_ends: list[list[float]] = []
+        self.ticks = 0
+
+    def run(self, call: Callable[[Callable[..., None]], object]) -> None:
+        """Call with :meth:`tick`, from the first pause to the last."""
+        with _no_collection():
+            self._pause()
+            call(self.tick)
+            self.stretches.append(time.perf_counter() - self._resumed)
+            self._pause()
+
+    def tick(self, *_: object) -> None:
+        self.ticks += 1
+        if self.ticks % self.every == 0:
+            self.stretches.append(time.perf_counter() - self._resumed)
+            self._pause()
+
+    def _pause(self) -> None:
+        self.at_ends.append([seconds(unit) for unit in self.units])
+        self._resumed = time.perf_counter()
+
+    def ratios(self, count: int) -> tuple[Timing, Timing]:
+        """Ratios to the first unit of one of ``count`` steps in all, and of the second unit, by stretch.
+
+        What happens after the last whole stretch belongs to it, as what happens before the first does.
+        """
+        if len(self.stretches) > 1 and self.ticks % self.every == 0:
+            self.stretches[-2:] = [sum(self.stretches[-2:])]
+            del self.at_ends[-2]
+        per_step = len(self.stretches) / count
+        step, other = [], []
+        for taken, before, after in zip(self.stretches, self.at_ends, self.at_ends[1:], strict=False):
+            unit = (before[0] + after[0]) / 2
+            step.append(taken * per_step / unit)
+            other.append((before[1] + after[1]) / 2 / unit)
+        return Timing(tuple(step)), Timing(tuple(other))
+
+
+class _no_collection:
+    """The garbage collector would strike whom it pleases; it runs before and after instead."""
+
+    def __enter__(self) -> None:
+        gc.collect()
+        self.was = gc.isenabled()
+        gc.disable()
+
+    def __exit__(self, *_: object) -> None:
+        if self.was:
+            gc.enable()
+        gc.collect()

@@ -1,0 +1,93 @@
+"""What the monitor takes of a training run, by its own clock and against the same run without it."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from curvdiag import CurvatureMonitor, Objective, OverheadBudget
+from curvdiag.experiments.digits import digits
+
+BATCH, PROBE = 64, 128
+
+
+@dataclass(frozen=True)
+class Overhead:
+    """Of one fraction asked for.
+
+    Attributes:
+        own: Share of each run by the monitor's clock.
+        wall: ``1 - plain / monitored`` for each run, against the mean of the runs without it before and after.
+        measurements: In each run.
+        plain: Seconds of the runs without the monitor.
+    """
+
+    fraction: float
+    own: tuple[float, ...]
+    wall: tuple[float, ...]
+    measurements: tuple[int, ...]
+    plain: tuple[float, ...]
+
+    @property
+    def unrest(self) -> float:
+        """How far runs without the monitor differ among themselves, in fractions of one."""
+        return (max(self.plain) - min(self.plain)) / statistics.fmean(self.plain)
+
+
+def measure(fraction: float, *, seconds: float, pairs: int, progress: Callable[[], None] = lambda: None) -> Overhead:
+    """Train ``pairs`` times with the monitor and once more often without it, in turns, about ``seconds`` each."""
+    train(200, None)  # warm up
+    begun = time.perf_counter()
+    train(1000, None)
+    steps = max(1000, round(1000 * seconds / (time.perf_counter() - begun)))
+
+    plain = [train(steps, None)[0]]
+    progress()
+    own, wall, measurements = [], [], []
+    for _ in range(pairs):
+        with_it, monitor = train(steps, fraction)
+        assert monitor is not None
+        progress()
+        plain.append(train(steps, None)[0])
+        progress()
+        own.append(monitor.clock.measuring / monitor.clock.elapsed)
+        wall.append(1 - (plain[-2] + plain[-1]) / 2 / with_it)
+        measurements.append(len(monitor.history))
+    return Overhead(fraction, tuple(own), tuple(wall), tuple(measurements), tuple(plain))
+
+
+def train(steps: int, fraction: float | None) -> tuple[float, CurvatureMonitor | None]:
+    """Seconds of one run on the digits, all that the monitor needs included, and the monitor."""
+    torch.manual_seed(0)
+    images, classes = digits()
+    inputs = images.flatten(1)
+    model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10))
+    criterion = nn.CrossEntropyLoss()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    order = torch.randint(len(inputs), (256, BATCH))
+    monitor = None
+    with tempfile.TemporaryDirectory() as folder:
+        begun = time.perf_counter()
+        if fraction is not None:
+            objective = Objective(model, criterion, (inputs[:PROBE], classes[:PROBE]))
+            cadence, store = OverheadBudget(fraction), Path(folder) / "run.db"
+            monitor = CurvatureMonitor(objective, store, cadence=cadence, steps=20, strict=True)
+            monitor.attach(optimizer)
+        for step in range(steps):
+            batch = order[step % len(order)]
+            optimizer.zero_grad()
+            criterion(model(inputs[batch]), classes[batch]).backward()
+            optimizer.step()
+        taken = time.perf_counter() - begun
+        if monitor is not None:
+            # What the monitor's clock says must be read before closing, which is not part of the training.
+            monitor.clock._before, monitor.clock._started = monitor.clock.elapsed, None
+            monitor.close()
+    return taken, monitor
