@@ -363,7 +363,7 @@ def gradient(
         for index, batch in enumerate(batches):
             loss = objective.totals(batch, dtype).sum() / objective.total_weight
             if not bool(torch.isfinite(loss)):
-                raise NonFiniteError(f"the loss on batch {index} is {float(loss)}; there is no curvature here")
+                raise NonFiniteError(f"the loss on batch {index} is {float(loss.detach())}; there is no curvature here")
             if loss.requires_grad:
                 loss.backward()
 

@@ -33,7 +33,7 @@ def verify(
         task = bar.add_task("problems", total=None)
         result = compare(progress=lambda done, total: bar.update(task, completed=done, total=total))
     # A pipe has no width of its own, and 80 columns would break every row.
-    Console(width=None if console.is_terminal else 132).print(table(result))
+    Console(width=None if console.is_terminal else 140).print(table(result))
     if out is not None:
         text = json.dumps(report(result), indent=1, allow_nan=False)
         typer.echo(f"wrote {replace_whole(out, lambda file: print(text, file=file), 'w')}")
@@ -50,6 +50,7 @@ def table(result: Verification) -> Group:
     from rich.text import Text
 
     rows = Table("problem", "quantity", "note", "against", box=None, header_style="bold", pad_edge=False)
+    rows.columns[1].no_wrap = True
     for name in ("curvdiag", "reference", "difference", "tolerance"):
         rows.add_column(name, justify="right", no_wrap=True)
     rows.add_column("")

@@ -43,7 +43,7 @@ class CurvatureMonitor:
     ``curv/hessian/lambda_min``                   smallest Ritz value of the density's probes
     ``curv/hessian/trace``                        trace, with standard error
     ``curv/hessian/frobenius_norm``               Frobenius norm, with standard error
-    ``curv/anisotropy/<measure>``                 every measure of :func:`curvdiag.spectrum.anisotropy`
+    ``curv/anisotropy/<measure>``                 every measure of :func:`curvdiag.spectrum.anisotropy` that has a value
     ``curv/layer/<name>/lambda_max``, ``trace``   the same for the diagonal block of one layer
     ``curv/cost/seconds``, ``gradients``,         what the measurement took: time, the same in gradients of the
     ``matvecs``                                   objective, and Hessian products
@@ -284,7 +284,7 @@ class CurvatureMonitor:
                     epoch=measurement.epoch,
                     seconds=measurement.seconds,
                 )
-        except StoreError as error:
+        except (StoreError, ArgumentError) as error:  # the file fails, or the configuration cannot be written
             if self.strict:
                 raise
             self._warn("store", f"{error}; training goes on, and measurements stay in memory")
@@ -295,7 +295,7 @@ class CurvatureMonitor:
         try:
             if self.run is not None:
                 self.run.record(self.steps_done, events=[("error", message)], epoch=self._current_epoch())
-        except StoreError as failure:
+        except (StoreError, ArgumentError) as failure:
             self._warn("store", f"{failure}; training goes on")
 
     def _warn(self, kind: str, message: str) -> None:

@@ -1,0 +1,405 @@
+"""What goes wrong in a measurement or in the run file is said once, and training goes on."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import warnings
+
+import pytest
+import torch
+from nets import make
+from torch import nn
+from torch.nn import functional as F
+
+from curvdiag import CurvatureMonitor, CurvdiagWarning, LogSpaced, Objective, OverheadBudget, RunStore
+from curvdiag.errors import ArgumentError, CurvdiagError, NonFiniteError, SecondDerivativeError, StoreError
+
+SHARE = "measuring every"
+
+
+class Training:
+    def __init__(self):
+        self.model, self.batch = make("mlp-tanh")
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.05)
+
+    def monitor(self, *args, **options):
+        objective = Objective(self.model, F.cross_entropy, self.batch)
+        options = {"steps": 6, "probes": 2, "cadence": lambda step: True, **options}
+        return CurvatureMonitor(objective, *args, **options).attach(self.optimizer)
+
+    def step(self, times=1):
+        for _ in range(times):
+            self.optimizer.zero_grad()
+            F.cross_entropy(self.model(self.batch[0]), self.batch[1]).backward()
+            self.optimizer.step()
+
+
+def collected(function):
+    """The messages of all warnings of ours, but for those of the share of time."""
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        function()
+    ours = [str(w.message) for w in seen if issubclass(w.category, CurvdiagWarning)]
+    return [message for message in ours if SHARE not in message]
+
+
+def spoil(model):
+    kept = model[0].weight.detach().clone()
+    with torch.no_grad():
+        model[0].weight[0, 0] = float("nan")
+    return kept
+
+
+# Measurements
+
+
+def test_failed_measurements_are_recorded_and_warned_about_once_and_later_ones_succeed(tmp_path):
+    training = Training()
+    monitor = training.monitor(tmp_path / "run.db", preset="light")
+
+    def run():
+        training.step(2)
+        kept = spoil(training.model)
+        others = [p.detach().clone() for p in training.model.parameters()]
+        training.step(3)  # everything is NaN now
+        assert monitor.measure() is None
+        with torch.no_grad():
+            for p, other in zip(training.model.parameters(), others, strict=True):
+                p.copy_(other)
+            training.model[0].weight.copy_(kept)
+        training.step(2)
+
+    messages = collected(run)
+    assert len(messages) == 1
+    assert "step 3" in messages[0]
+    assert "NonFiniteError" in messages[0]
+    assert "training goes on" in messages[0]
+    assert monitor.steps_done == 7
+    assert [m.step for m in monitor.history] == [1, 2, 6, 7]
+    errors = [e for e in monitor.run.events() if e.kind == "error"]
+    assert [e.step for e in errors] == [3, 4, 5, 5]
+    assert all("NonFiniteError" in e.message for e in errors)
+    assert monitor.run.scalars("curv/hessian/lambda_max").steps.tolist() == [1, 2, 6, 7]
+    monitor.close()
+
+
+def test_strict_raises_what_went_wrong():
+    training = Training()
+    monitor = training.monitor(strict=True)
+    spoil(training.model)
+    with pytest.raises(NonFiniteError):
+        training.step()
+    with pytest.raises(NonFiniteError):
+        monitor.measure()
+    assert monitor.latest is None
+
+
+class Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return 2 * grad
+
+
+class Twofold(nn.Module):
+    def forward(self, x):
+        return Once.apply(x)
+
+
+def test_a_model_that_cannot_be_measured_trains_to_the_end():
+    training = Training()
+    training.model.insert(1, Twofold())
+    monitor = training.monitor()
+    messages = collected(lambda: training.step(5))
+    assert len(messages) == 1
+    assert SecondDerivativeError.__name__ in messages[0]
+    assert monitor.steps_done == 5
+    assert not monitor.history
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), MemoryError(), TypeError("odd"), AssertionError()])
+def test_any_exception_of_a_measurement_is_a_failure(error, tmp_path):
+    training = Training()
+    monitor = training.monitor(tmp_path / "run.db")
+
+    def broken(*_):
+        raise error
+
+    handle = training.model[2].register_forward_pre_hook(lambda m, a: None if m.training else broken())
+    messages = collected(lambda: training.step(3))
+    handle.remove()
+    assert len(messages) == 1
+    assert type(error).__name__ in messages[0]
+    assert [e.kind for e in monitor.run.events()] == ["error"] * 3
+    collected(lambda: training.step(1))
+    assert len(monitor.history) == 1
+    monitor.close()
+
+
+def test_interruptions_by_the_user_pass_through():
+    training = Training()
+    monitor = training.monitor()
+
+    def interrupt(module, arguments):
+        if not module.training:
+            raise KeyboardInterrupt
+
+    training.model[2].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        training.step()
+    assert all(m.training for m in training.model.modules())
+    assert monitor.steps_done == 1
+
+
+def test_the_time_of_failed_measurements_counts():
+    """Else a budget would try again at each step."""
+    training = Training()
+    monitor = training.monitor(cadence=OverheadBudget(0.01))
+    spoil(training.model)
+    assert len(collected(lambda: training.step(30))) == 1
+    assert monitor.clock.measuring > 0
+    assert monitor.cadence.measuring > 0
+    assert len([1 for step in range(31, 40) if monitor.cadence(step)]) == 0
+
+
+def test_a_failure_keeps_no_graph_alive():
+    training = Training()
+    training.model.insert(2, Twofold())
+    monitor = training.monitor()
+    collected(lambda: training.step(2))
+    import gc
+
+    gc.collect()
+    before = sum(isinstance(o, torch.Tensor) for o in gc.get_objects())
+    collected(lambda: training.step(10))
+    gc.collect()
+    assert sum(isinstance(o, torch.Tensor) for o in gc.get_objects()) <= before
+    assert not monitor.history
+
+
+# The run file
+
+
+def unwritable(tmp_path):
+    (tmp_path / "text.db").write_text("this is not a run file" * 100)
+    newer = tmp_path / "newer.db"
+    RunStore(newer).close()
+    with sqlite3.connect(newer) as connection:
+        connection.execute("PRAGMA user_version = 99999")
+    connection.close()
+    return {
+        "no such folder": tmp_path / "nowhere" / "run.db",
+        "a folder": tmp_path,
+        "not a run file": tmp_path / "text.db",
+        "newer schema": newer,
+        "a file system that refuses": "/proc/run.db",
+    }
+
+
+KINDS = ["no such folder", "a folder", "not a run file", "newer schema", "a file system that refuses"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_file_that_cannot_be_opened_costs_one_warning(kind, tmp_path):
+    path = unwritable(tmp_path)[kind]
+    if str(path).startswith("/proc") and not os.path.isdir("/proc/self"):
+        pytest.skip("no /proc here")
+    training = Training()
+    made = []
+
+    def run():
+        made.append(training.monitor(path, preset="light"))
+        training.step(3)
+
+    messages = collected(run)
+    assert len(messages) == 1
+    assert str(path) in messages[0]
+    assert [m.step for m in made[0].history] == [1, 2, 3]
+    made[0].close()
+    with pytest.raises(StoreError):
+        Training().monitor(path, strict=True)
+
+
+def test_a_folder_that_may_not_be_written_to(tmp_path):
+    if os.geteuid() == 0:
+        pytest.skip("permissions do not bind root")
+    tmp_path.chmod(0o500)
+    made = []
+    try:
+        messages = collected(lambda: made.append(Training().monitor(tmp_path / "run.db")))
+    finally:
+        tmp_path.chmod(0o700)
+    assert len(messages) == 1
+    assert made[0].measure() is not None
+
+
+def test_a_disk_that_fills_up_costs_one_warning_and_what_was_recorded_is_kept(tmp_path):
+    training = Training()
+    monitor = training.monitor(tmp_path / "run.db", preset="full")
+    connection = monitor.store._database._connection
+
+    def run():
+        training.step(2)
+        (pages,) = connection.execute("PRAGMA page_count").fetchone()
+        connection.execute(f"PRAGMA max_page_count = {pages}")
+        training.step(15)
+        assert monitor.run.info.measurements < 17
+        connection.execute("PRAGMA max_page_count = 100000")
+        training.step(2)
+
+    messages = collected(run)
+    assert len(messages) == 1
+    assert "full" in messages[0]
+    assert "training goes on" in messages[0]
+    assert len(monitor.history) == 19
+    monitor.close()
+    with RunStore(tmp_path / "run.db", readonly=True) as store:
+        series = store.scalars("curv/hessian/lambda_max")
+    assert {1, 2, 18, 19} <= set(series.steps.tolist())
+    for step, value in zip(series.steps, series.values, strict=True):
+        assert value == monitor.history[step - 1]["curv/hessian/lambda_max"]
+
+
+def test_a_disk_that_is_full_before_the_run_begins(tmp_path):
+    training = Training()
+    monitor = training.monitor(tmp_path / "run.db", preset="light", config={"long": "x" * 50_000})
+    connection = monitor.store._database._connection
+    (pages,) = connection.execute("PRAGMA page_count").fetchone()
+    connection.execute(f"PRAGMA max_page_count = {pages}")
+    messages = collected(lambda: training.step(3))
+    assert len(messages) == 1
+    assert len(monitor.history) == 3
+    assert monitor.state_dict()["run"] is None
+    monitor.close()
+
+
+def test_a_file_that_fails_while_measurements_fail_too(tmp_path):
+    training = Training()
+    monitor = training.monitor(tmp_path / "run.db", preset="light")
+    collected(lambda: training.step(1))
+    monitor.store.close()
+    spoil(training.model)
+    messages = collected(lambda: training.step(4))
+    assert len(messages) == 2
+    assert any("NonFiniteError" in m for m in messages)
+    assert any("closed" in m for m in messages)
+    assert monitor.steps_done == 5
+
+
+def test_a_strict_monitor_raises_what_the_file_refuses(tmp_path):
+    training = Training()
+    monitor = training.monitor(tmp_path / "run.db", preset="light", strict=True)
+    training.step()
+    monitor.store.close()
+    with pytest.raises(StoreError):
+        training.step()
+
+
+def test_a_configuration_that_cannot_be_written_does_not_stop_the_run(tmp_path):
+    training = Training()
+    monitor = training.monitor(tmp_path / "run.db", preset="light", config={"sizes": {(1, 2): 3}})
+    messages = collected(lambda: training.step(2))
+    assert len(messages) == 1
+    assert "JSON" in messages[0]
+    assert [m.step for m in monitor.history] == [1, 2]
+    spoil(training.model)
+    assert len(collected(lambda: training.step(2))) == 1
+    monitor.close()
+
+
+def test_a_closed_monitor_says_that_it_records_no_more(tmp_path):
+    training = Training()
+    monitor = training.monitor(tmp_path / "run.db", preset="light")
+    collected(lambda: training.step(2))
+    monitor.close()
+    monitor.attach(training.optimizer)
+    messages = collected(lambda: training.step(2))
+    assert len(messages) == 1
+    assert "closed" in messages[0]
+    assert [m.step for m in monitor.history] == [1, 2, 3, 4]
+
+
+# The warning of the price
+
+
+def slow_down(monkeypatch, seconds=0.02):
+    """Measurements of a known price, beside which a step of the tiny net is nothing."""
+    import time
+
+    def measured(objective, settings):
+        time.sleep(seconds)
+        return {"curv/hessian/lambda_max": 1.0}, {}, [], 1
+
+    monkeypatch.setattr("curvdiag.monitor.monitor.measure", measured)
+
+
+def price(training, steps):
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        training.step(steps)
+    return [str(w.message) for w in seen if issubclass(w.category, CurvdiagWarning)]
+
+
+@pytest.mark.parametrize("options", [{"every": 2, "cadence": None}, {"cadence": lambda step: step % 2 == 0}])
+def test_measurements_dearer_than_half_the_run_are_warned_of_once_with_figures(options, monkeypatch):
+    slow_down(monkeypatch)
+    training = Training()
+    monitor = training.monitor(**options)
+    (message,) = price(training, 12)
+    assert "every 2 steps" in message
+    assert "%" in message
+    assert " s for" in message
+    assert "OverheadBudget" in message
+    assert len(monitor.history) == 6
+
+
+@pytest.mark.parametrize("cadence", [OverheadBudget(0.5), LogSpaced(8)])
+def test_cadences_whose_share_falls_by_themselves_are_not_warned_of(cadence, monkeypatch):
+    slow_down(monkeypatch)
+    training = Training()
+    training.monitor(cadence=cadence)
+    assert price(training, 12) == []
+
+
+def test_cheap_measurements_are_not_warned_of(monkeypatch):
+    slow_down(monkeypatch, seconds=0.0)
+    training = Training()
+    training.monitor(cadence=None, every=10)
+    handle = training.model[0].register_forward_pre_hook(lambda m, a: slept(m))
+
+    def slept(module):
+        import time
+
+        time.sleep(0.003 if module.training else 0.0)
+
+    assert price(training, 20) == []
+    handle.remove()
+
+
+def test_measuring_by_hand_before_the_first_step_is_not_warned_of(monkeypatch):
+    slow_down(monkeypatch)
+    training = Training()
+    monitor = training.monitor(cadence=lambda step: False)
+    for _ in range(3):
+        monitor.measure()
+
+
+# Bad arguments in the middle of a run
+
+
+def test_an_unknown_option_of_the_hessian_is_an_error_that_names_it():
+    training = Training()
+    with pytest.raises((ArgumentError, TypeError), match="methd"):
+        training.monitor(hessian={"methd": "exact"}, strict=True).measure()
+
+
+def test_an_objective_at_nan_weights_is_refused_when_it_is_made():
+    training = Training()
+    spoil(training.model)
+    with pytest.raises(CurvdiagError, match="nan"):
+        training.monitor()
