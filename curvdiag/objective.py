@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,33 +16,7 @@ from curvdiag.data import Batch, can_cut, place, read_batches, sample_count, tak
 from curvdiag.errors import ArgumentError, DataError, LossError, NonFiniteError, NotDeterministicError
 from curvdiag.parameters import Parameters, Selection
 from curvdiag.sandbox import Mode, sandbox, unwrap, with_tensors
-
-__all__ = ["Objective", "Weights"]
-
-
-@dataclass(frozen=True)
-class Weights:
-    """A picture of a model's tensors.
-
-    Attributes:
-        chosen: The parameters of interest, as leaves of their own that gradients are taken in.
-        fixed: All other parameters, by name.
-        buffers: Buffers, by name; each forward pass gets copies, so that running statistics go nowhere.
-        names: Names of ``chosen``.
-    """
-
-    chosen: tuple[Tensor, ...]
-    fixed: dict[str, Tensor]
-    buffers: dict[str, Tensor]
-    names: tuple[str, ...]
-
-    def tensors(self) -> dict[str, Tensor]:
-        buffers = {name: buffer.clone() for name, buffer in self.buffers.items()}
-        return {**self.fixed, **dict(zip(self.names, self.chosen, strict=True)), **buffers}
-
-    def replaced(self, chosen: tuple[Tensor, ...]) -> Weights:
-        """The same picture with other values of the chosen parameters, as new leaves."""
-        return Weights(tuple(t.detach().requires_grad_() for t in chosen), self.fixed, self.buffers, self.names)
+from curvdiag.weights import Weights
 
 
 class Objective:
@@ -225,21 +198,7 @@ class Objective:
 
     def weights(self, *, dtype: torch.dtype | None = None, share: bool = False) -> Weights:
         """A picture of the live model; with ``share`` its own memory, else copies (in ``dtype``)."""
-
-        # Embedding(max_norm=...) shrinks its weight during the forward pass, which must not reach the model.
-        shrunk = {id(m.weight) for m in self.model.modules() if getattr(m, "max_norm", None) is not None}
-
-        def picture(tensor: Tensor) -> Tensor:
-            wanted = dtype if tensor.dtype.is_floating_point else None
-            alias = share and id(tensor) not in shrunk
-            return tensor.detach() if alias else tensor.detach().to(dtype=wanted, copy=True)
-
-        with torch.inference_mode(False):
-            chosen = tuple(picture(t).requires_grad_() for t in self._live)
-            own = set(self.parameters.names)
-            fixed = {name: picture(p) for name, p in self.model.named_parameters() if name not in own}
-            buffers = {name: picture(b) for name, b in self.model.named_buffers()}
-        return Weights(chosen, fixed, buffers, self.parameters.names)
+        return Weights.of(self.model, self.parameters.names, dtype=dtype, share=share)
 
     def inside(self, weights: Weights, function: Callable[[], Any], *, twice: bool) -> Any:
         """``function()`` in the sandbox, while the model holds ``weights``."""

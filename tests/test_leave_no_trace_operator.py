@@ -115,8 +115,10 @@ def test_an_operator_leaves_no_trace(mode, options):
     try:
         op = Hessian(objective, **OPTIONS[options])
     except CurvdiagError:
-        # BatchNorm couples a batch that is not to be cut; what forward passes write, sharing cannot hide.
-        assert (mode, options) in {("train", "micro-batches"), ("train", "shared"), ("eval", "shared")}
+        # BatchNorm couples a batch that is not to be cut; what forward passes write, sharing cannot hide; and a
+        # max_norm moves weights back that finite differences have moved.
+        refused = {("train", "micro-batches"), ("train", "shared"), ("eval", "shared")}
+        assert (mode, options) in refused or options == "finite differences"
         assert_no_trace(before, snapshot(model))
         return
     assert_no_trace(before, snapshot(model))

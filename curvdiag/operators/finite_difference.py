@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from curvdiag.data import Batch
 from curvdiag.errors import SecondDerivativeError
-from curvdiag.objective import Objective, Weights, gradient
+from curvdiag.objective import Objective, gradient
+from curvdiag.weights import Weights
 
 KINKED_MODULES = (
     nn.ReLU,

@@ -19,7 +19,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_
 from curvdiag.data import Batch, can_merge, merge, sample_count, take
 from curvdiag.errors import NonFiniteError
 from curvdiag.memory import free_bytes, human_bytes
-from curvdiag.objective import Objective, Weights
+from curvdiag.objective import Objective
 from curvdiag.operators.second_derivative import (
     check_against_differences,
     check_nodes,
@@ -27,6 +27,7 @@ from curvdiag.operators.second_derivative import (
     missing_derivatives,
 )
 from curvdiag.sandbox import numerics
+from curvdiag.weights import Weights
 
 
 @dataclass(frozen=True)
@@ -233,12 +234,9 @@ def saved_bytes_per_sample(objective: Objective, weights: Weights, piece: Batch,
         seen: dict[int, int] = {}
 
         def pack(tensor: Tensor) -> Tensor:
-            if tensor.layout != torch.strided:
-                return tensor
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
-                seen[storage.data_ptr()] = storage.nbytes()
-            return tensor
+            if tensor.layout == torch.strided and tensor.untyped_storage().data_ptr() not in own:
+                seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor.detach()  # a node that held its own output would keep the graph alive for ever
 
         with saved_tensors_hooks(pack, lambda tensor: tensor):
             Graph(objective, weights, few, dtype)

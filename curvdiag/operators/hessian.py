@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from curvdiag.errors import ArgumentError, StaleWeightsError
-from curvdiag.objective import Objective, Weights
+from curvdiag.objective import Objective
 from curvdiag.operators.base import Cost, SymmetricOperator
 from curvdiag.operators.finite_difference import FiniteDifferenceEngine
 from curvdiag.operators.graphs import GraphEngine, Plan
 from curvdiag.parameters import Selection
+from curvdiag.weights import Weights
 
 
 class Hessian(SymmetricOperator):

@@ -18,8 +18,9 @@ from torch.autograd.function import BackwardCFunction
 
 from curvdiag.data import Batch, tensors_of
 from curvdiag.errors import CurvdiagWarning, LossError, SecondDerivativeError
-from curvdiag.objective import Objective, Weights, gradient
+from curvdiag.objective import Objective, gradient
 from curvdiag.operators.finite_difference import FiniteDifferenceEngine
+from curvdiag.weights import Weights
 
 _REMEDY = "write its backward pass with differentiable operations, or use method='finite-difference'"
 

@@ -1,0 +1,53 @@
+"""A picture of a model's tensors, on which everything is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The tensors of a model at one moment.
+
+    Attributes:
+        chosen: The parameters of interest, as leaves of their own that gradients are taken in.
+        fixed: All other parameters, by name.
+        buffers: Buffers, by name; each forward pass gets copies, so that running statistics go nowhere.
+        names: Names of ``chosen``.
+    """
+
+    chosen: tuple[Tensor, ...]
+    fixed: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+    names: tuple[str, ...]
+
+    @classmethod
+    def of(cls, model: nn.Module, names: Sequence[str], *, dtype: torch.dtype | None, share: bool) -> Weights:
+        """The tensors that ``model`` holds now: copies (in ``dtype``), or with ``share`` its own memory."""
+        # Embedding(max_norm=...) shrinks its weight during the forward pass, which must not reach the model.
+        shrunk = {id(m.weight) for m in model.modules() if getattr(m, "max_norm", None) is not None}
+
+        def picture(tensor: Tensor) -> Tensor:
+            if share and id(tensor) not in shrunk:
+                return tensor.detach()
+            return tensor.detach().to(dtype=dtype if tensor.dtype.is_floating_point else None, copy=True)
+
+        with torch.inference_mode(False):
+            parameters = dict(model.named_parameters(remove_duplicate=False))
+            fixed = {name: picture(p) for name, p in model.named_parameters() if name not in set(names)}
+            buffers = {name: picture(b) for name, b in model.named_buffers()}
+            chosen = tuple(picture(parameters[name]).requires_grad_() for name in names)
+        return cls(chosen, fixed, buffers, tuple(names))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of them by name, for one forward pass."""
+        buffers = {name: buffer.clone() for name, buffer in self.buffers.items()}
+        return {**self.fixed, **dict(zip(self.names, self.chosen, strict=True)), **buffers}
+
+    def replaced(self, chosen: Sequence[Tensor]) -> Weights:
+        """The same picture with other values of the chosen parameters, as new leaves."""
+        return Weights(tuple(t.detach().requires_grad_() for t in chosen), self.fixed, self.buffers, self.names)
