@@ -56,7 +56,7 @@ def alternate(unit: Call, candidates: Mapping[str, Call], *, rounds: int, repeat
     for call in candidates.values():
         call()
     ratios: dict[str, list[float]] = {name: [] for name in candidates}
-    with _no_collection():
+    with NoCollection():
         before = seconds(unit, repeats)
         for _ in range(rounds):
             for name, call in candidates.items():
@@ -69,7 +69,7 @@ def alternate(unit: Call, candidates: Mapping[str, Call], *, rounds: int, repeat
 
 def once(unit: Call, call: Call, count: int, *, repeats: int = 4) -> float:
     """The ratio of one long call, as a share of ``count`` steps, between two blocks of ``unit``."""
-    with _no_collection():
+    with NoCollection():
         before = seconds(unit, repeats)
         taken = seconds(call, 1, warm_up=False)
         after = seconds(unit, repeats)
@@ -90,7 +90,7 @@ class Pauses:
 
     def run(self, call: Callable[[Callable[..., None]], object]) -> None:
         """Call with :meth:`tick`, from the first pause to the last."""
-        with _no_collection():
+        with NoCollection():
             self._pause()
             call(self.tick)
             self.stretches.append(time.perf_counter() - self._resumed)
@@ -107,23 +107,25 @@ class Pauses:
         self._resumed = time.perf_counter()
 
     def ratios(self, count: int) -> tuple[Timing, Timing]:
-        """Ratios to the first unit of one of ``count`` steps in all, and of the second unit, by stretch.
+        """Ratios to the first unit, by stretch: of one of ``count`` steps in all, and of the second unit.
 
-        What happens after the last whole stretch belongs to it, as what happens before the first does.
+        The steps fill the stretches; what comes after the last step belongs to the last stretch, as what comes
+        before the first step belongs to the first.
         """
-        if len(self.stretches) > 1 and self.ticks % self.every == 0:
-            self.stretches[-2:] = [sum(self.stretches[-2:])]
-            del self.at_ends[-2]
-        per_step = len(self.stretches) / count
+        if self.ticks % self.every or len(self.stretches) < 2:
+            raise ValueError(f"{self.ticks} ticks do not fill stretches of {self.every}")
+        stretches = [*self.stretches[:-2], sum(self.stretches[-2:])]
+        ends = [*self.at_ends[:-2], self.at_ends[-1]]
+        per_step = len(stretches) / count
         step, other = [], []
-        for taken, before, after in zip(self.stretches, self.at_ends, self.at_ends[1:], strict=False):
+        for taken, before, after in zip(stretches, ends, ends[1:], strict=False):
             unit = (before[0] + after[0]) / 2
             step.append(taken * per_step / unit)
             other.append((before[1] + after[1]) / 2 / unit)
         return Timing(tuple(step)), Timing(tuple(other))
 
 
-class _no_collection:
+class NoCollection:
     """The garbage collector would strike whom it pleases; it runs before and after instead."""
 
     def __enter__(self) -> None:

@@ -43,28 +43,34 @@ class Overhead:
 
 def measure(fraction: float, *, seconds: float, pairs: int, progress: Callable[[], None] = lambda: None) -> Overhead:
     """Train ``pairs`` times with the monitor and once more often without it, in turns, about ``seconds`` each."""
-    train(200, None)  # warm up
-    begun = time.perf_counter()
-    train(1000, None)
-    steps = max(1000, round(1000 * seconds / (time.perf_counter() - begun)))
+    train(200, fraction)  # warm up
+    steps = max(1000, round(1000 * seconds / train(1000, None).seconds))
 
-    plain = [train(steps, None)[0]]
+    plain = [train(steps, None).seconds]
     progress()
     own, wall, measurements = [], [], []
     for _ in range(pairs):
-        with_it, monitor = train(steps, fraction)
-        assert monitor is not None
+        with_it = train(steps, fraction)
         progress()
-        plain.append(train(steps, None)[0])
+        plain.append(train(steps, None).seconds)
         progress()
-        own.append(monitor.clock.measuring / monitor.clock.elapsed)
-        wall.append(1 - (plain[-2] + plain[-1]) / 2 / with_it)
-        measurements.append(len(monitor.history))
+        own.append(with_it.share)
+        wall.append(1 - (plain[-2] + plain[-1]) / 2 / with_it.seconds)
+        measurements.append(with_it.measurements)
     return Overhead(fraction, tuple(own), tuple(wall), tuple(measurements), tuple(plain))
 
 
-def train(steps: int, fraction: float | None) -> tuple[float, CurvatureMonitor | None]:
-    """Seconds of one run on the digits, all that the monitor needs included, and the monitor."""
+@dataclass(frozen=True)
+class Run:
+    """One training run: what it took, and what the monitor says of itself."""
+
+    seconds: float
+    share: float = 0.0
+    measurements: int = 0
+
+
+def train(steps: int, fraction: float | None) -> Run:
+    """One run on the digits, all that the monitor needs included."""
     torch.manual_seed(0)
     images, classes = digits()
     inputs = images.flatten(1)
@@ -86,8 +92,8 @@ def train(steps: int, fraction: float | None) -> tuple[float, CurvatureMonitor |
             criterion(model(inputs[batch]), classes[batch]).backward()
             optimizer.step()
         taken = time.perf_counter() - begun
-        if monitor is not None:
-            # What the monitor's clock says must be read before closing, which is not part of the training.
-            monitor.clock._before, monitor.clock._started = monitor.clock.elapsed, None
-            monitor.close()
-    return taken, monitor
+        if monitor is None:
+            return Run(taken)
+        run = Run(taken, monitor.clock.measuring / monitor.clock.elapsed, len(monitor.history))
+        monitor.close()
+    return run

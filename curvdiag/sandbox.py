@@ -34,9 +34,9 @@ def numerics(device: torch.device) -> Iterator[None]:
 def sandbox(model: nn.Module, mode: Mode, device: torch.device, *, twice: bool) -> Iterator[None]:
     """Everything a forward pass of a measurement needs, restored on leaving.
 
-    Training flags of each submodule, sparse gradients of embeddings, random states, autocast, gradient and
-    inference mode, compiled calls, attention backends and cuDNN. Parameters and buffers are not restored because
-    they are not touched: :func:`with_tensors` runs the model on copies.
+    Training flags and plain attributes of each submodule, sparse gradients of embeddings, random states, autocast,
+    gradient and inference mode, compiled calls, attention backends and cuDNN. Parameters and buffers are not
+    restored because they are not touched: :func:`with_tensors` runs the model on copies.
 
     Args:
         twice: The forward pass will be differentiated twice: fused attention and cuDNN's recurrent nets,
@@ -50,6 +50,7 @@ def sandbox(model: nn.Module, mode: Mode, device: torch.device, *, twice: bool) 
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             if device.type == "cuda" and any(isinstance(m, nn.RNNBase) for m in model.modules()):
                 stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        stack.enter_context(_attributes(model))
         flags = [(module, module.training) for module in model.modules()]
         sparse = [module for module in model.modules() if getattr(module, "sparse", None) is True]
         try:
@@ -66,6 +67,24 @@ def sandbox(model: nn.Module, mode: Mode, device: torch.device, *, twice: bool) 
                 module.training = flag
             for module in sparse:
                 module.sparse = True  # type: ignore[assignment]
+
+
+@contextmanager
+def _attributes(model: nn.Module) -> Iterator[None]:
+    """Plain attributes that forward passes set (counters, caches, last outputs), restored.
+
+    What such an attribute holds after a measurement may belong to its graph, or be in another precision.
+    """
+    kept = [(vars(module), dict(vars(module))) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for now, before in kept:
+            for name in now.keys() - before.keys():
+                del now[name]
+            for name, value in before.items():
+                if name not in now or now[name] is not value:
+                    now[name] = value
 
 
 @contextmanager

@@ -275,12 +275,12 @@ def test_measurements_that_fail_leave_no_trace():
     class Fails(nn.Module):
         def __init__(self, kind, at):
             super().__init__()
-            self.kind, self.left = kind, at
+            self.kind, self.left = kind, [at]
 
         def forward(self, x):
             if not self.training:
-                self.left -= 1
-                if self.left < 0 and self.kind == "forward":
+                self.left[0] -= 1
+                if self.left[0] < 0 and self.kind == "forward":
                     random.random(), np.random.rand(), torch.rand(1)  # noqa: NPY002
                     raise RuntimeError("broken")
             return Half.apply(x) if self.kind == "second derivative" and not self.training else x
@@ -365,14 +365,16 @@ def test_under_modes_without_gradients(mode):
     (model(torch.randn(2, 1, 6, 6)).sum()).backward()  # and nothing of the model became an inference tensor
 
 
-@pytest.mark.filterwarnings("ignore:measuring every")
-def test_a_compiled_model_trains_to_the_same_bits():
+@pytest.mark.filterwarnings("ignore:measuring every", "ignore:Dynamo does not know")
+@pytest.mark.parametrize("what", ["model", "optimizer step"])
+def test_what_is_compiled_trains_to_the_same_bits(what):
     def run(watched):
         seed()
         torch._dynamo.reset()
         model = net()
-        compiled = torch.compile(model, backend="eager")
         opt = OPTIMIZERS["sgd"](model.parameters())
+        compiled = torch.compile(model, backend="eager") if what == "model" else model
+        step = torch.compile(lambda: opt.step(), backend="eager") if what == "optimizer step" else opt.step
         watching = monitor(compiled, "batch", "every", "full") if watched else None
         if watching:
             watching.attach(opt)
@@ -381,7 +383,7 @@ def test_a_compiled_model_trains_to_the_same_bits():
             opt.zero_grad()
             loss = F.cross_entropy(compiled(torch.randn(5, 1, 6, 6)), torch.randint(3, (5,)))
             loss.backward()
-            opt.step()
+            step()
             seen.append(loss.detach())
         return Run(model, opt, seen, torch.Generator()).trace(), watching
 
@@ -389,6 +391,45 @@ def test_a_compiled_model_trains_to_the_same_bits():
     watched, watching = run(True)
     assert differing(quiet, watched) == []
     assert len(watching.history) == 3
+
+
+class Keeper(nn.Module):
+    """Keeps a counter, a cache in the precision of its first call, and its last output, as plain attributes."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.calls, self.last = nn.Linear(4, 3), 0, None
+
+    def forward(self, x):
+        self.calls += 1
+        if not hasattr(self, "cache"):
+            self.cache = torch.arange(4).to(x.dtype) / 4
+        self.last = self.linear(x * self.cache) * (1 + 1e-3 * self.calls * self.training)
+        return self.last
+
+
+def test_plain_attributes_that_a_forward_pass_sets_are_restored():
+    def run(watched):
+        seed()
+        model = Keeper()
+        opt = torch.optim.SGD(model.parameters(), lr=0.1)
+        inputs, targets = torch.randn(6, 4), torch.randint(3, (6,))
+        options = {"preset": "full", "steps": 4, "probes": 2, "hessian": {"dtype": torch.float64}}
+        if watched:
+            watching = CurvatureMonitor(Objective(model, F.cross_entropy, (inputs, targets)), **options)
+            assert watching.measure() is not None
+            assert not hasattr(model, "cache")
+        for _ in range(3):
+            opt.zero_grad()
+            F.cross_entropy(model(inputs), targets).backward()
+            before = model.last
+            if watched:
+                assert watching.measure() is not None
+            assert model.last is before
+            opt.step()
+        return Run(model, opt, [model.calls, model.cache, model.last.detach()], torch.Generator()).trace()
+
+    assert differing(run(False), run(True)) == []
 
 
 @pytest.mark.filterwarnings("ignore:measuring every")

@@ -12,7 +12,7 @@ def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the run file and the pictures.")] = Path(
         "runs/demo"
     ),
-    epochs: Annotated[int, typer.Option(min=1, help="Epochs of training; one measurement each.")] = 24,
+    epochs: Annotated[int, typer.Option(min=1, help="Epochs of training; one measurement each.")] = 20,
 ) -> None:
     """Train a small convolutional net on digits with the monitor attached, and draw what it saw."""
     from rich.console import Console

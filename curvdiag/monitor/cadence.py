@@ -58,15 +58,17 @@ class OverheadBudget:
 
     After each measurement the share of all time so far that went into measuring is at most ``fraction``, the
     first measurement excepted: the run must last ``1 / fraction`` times as long as that one took to catch up.
+    Time saved up is not spent at once: since the last measurement the share is never above twice ``fraction``.
 
     Args:
         fraction: Between 0 and 1.
     """
 
     fraction: float = 0.1
-    measuring: float = field(default=0.0, init=False)
-    elapsed: float = field(default=0.0, init=False)
-    expected: float = field(default=0.0, init=False)
+    measuring: float = field(default=0.0, init=False, repr=False)
+    elapsed: float = field(default=0.0, init=False, repr=False)
+    expected: float = field(default=0.0, init=False, repr=False)
+    ended: float = field(default=0.0, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not 0 < self.fraction < 1:
@@ -75,7 +77,9 @@ class OverheadBudget:
     def __call__(self, step: int) -> bool:
         if self.measuring == 0:
             return True
-        return self.measuring + self.expected <= self.fraction * (self.elapsed + self.expected)
+        since = self.elapsed - self.ended + self.expected
+        in_all = self.measuring + self.expected <= self.fraction * (self.elapsed + self.expected)
+        return in_all and self.expected <= 2 * self.fraction * since
 
     def observe(self, *, elapsed: float, measuring: float, last: float) -> None:
         """Learn how long the run has lasted, how much of it went into measuring, and what the last one took.
@@ -83,13 +87,15 @@ class OverheadBudget:
         All in seconds. The next measurement is expected to take as long as the dearer of the last and the mean of
         the two before it, so that one slow measurement does not stop all others.
         """
-        self.elapsed = elapsed
         if measuring > self.measuring:
-            self.measuring = measuring
             self.expected = max(last, (self.expected + last) / 2)
+            self.ended = min(elapsed, self.elapsed + last)
+            self.measuring = measuring
+        self.elapsed = elapsed
 
     def state_dict(self) -> dict[str, float]:
-        return {"measuring": self.measuring, "elapsed": self.elapsed, "expected": self.expected}
+        return {name: getattr(self, name) for name in ("measuring", "elapsed", "expected", "ended")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.measuring, self.elapsed, self.expected = state["measuring"], state["elapsed"], state["expected"]
+        for name in self.state_dict():
+            setattr(self, name, state[name])

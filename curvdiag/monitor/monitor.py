@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import time
 import warnings
 from collections.abc import Mapping
@@ -122,7 +123,10 @@ class CurvatureMonitor:
         if self._optimizer is not None:
             raise ArgumentError("this monitor is attached already; detach() it first, or make another")
         self._optimizer = optimizer
-        self._hook = optimizer.register_step_post_hook(self._after_step)
+        follow = self._after_step
+        if "torch._dynamo" in sys.modules:  # a compiled optimizer step must not compile the measurement into itself
+            follow = torch.compiler.disable(follow)
+        self._hook = optimizer.register_step_post_hook(follow)
         self.clock.start()
         return self
 

@@ -109,8 +109,13 @@ def cell_edges(times: np.ndarray) -> np.ndarray:
 
 def mark_times(ax: Axes, times: np.ndarray, time_axis: str) -> None:
     """Ticks at the measurements, inside the frame on the side of the time axis."""
+    from matplotlib.ticker import MaxNLocator
+
+    along = ax.xaxis if time_axis == "x" else ax.yaxis
     if len(times) == 1:
-        (ax.set_xticks if time_axis == "x" else ax.set_yticks)(times)
+        along.set_ticks(times.tolist())
+    elif times[-1] - times[0] >= 2:  # half epochs and half steps would be ticks that mean nothing
+        along.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
     if time_axis == "x":
         ax.plot(times, np.zeros(len(times)), "|", transform=ax.get_xaxis_transform(), **RUG)
     else:

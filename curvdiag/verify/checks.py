@@ -1,11 +1,10 @@
-"""Row by row: what curvdiag says, what the reference says, how far apart, and how far that may be."""
+"""The comparisons: curvdiag beside LAPACK and beside PyHessian, each of which gives its rows."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,78 +13,25 @@ from torch import Tensor, nn
 
 from curvdiag.objective import Objective
 from curvdiag.operators import Hessian
-from curvdiag.results import Result
 from curvdiag.spectrum import spectral_density, top_eigenpairs, trace
 from curvdiag.spectrum.probes import gaussian, rademacher
 from curvdiag.verify.dense import Dense
 from curvdiag.verify.problems import Problem, problems
 from curvdiag.verify.pyhessian import PyHessian, require
+from curvdiag.verify.rows import Check, Verification
 
 MakeOperator = Callable[..., Any]
 Progress = Callable[[int, int], None]
 
 LAPACK, PYHESSIAN = "LAPACK", "PyHessian"
 PROBES, STEPS = 64, 30
+DENSITY_PROBES = 32  # each costs STEPS products
 # Random quantities may lie this many of their exact standard deviations from the truth: 1 in 16,000 would not.
 DEVIATIONS = 4.0
 POWER_TOLERANCE, POWER_ITERATIONS = 1e-7, 3000
 # PyHessian divides vectors by their norm plus 1e-6, which shifts an eigenvalue by twice that; the second one also
 # by what is left of the first vector.
 PYHESSIAN_SHIFT = 1e-6
-
-
-@dataclass(frozen=True)
-class Check(Result):
-    """One comparison.
-
-    Attributes:
-        problem: Which problem.
-        quantity: What is compared; "relative" where ``difference`` is.
-        against: Whose reference it is.
-        value, reference: What curvdiag and the reference say; norms for vectors.
-        difference, tolerance: In one unit.
-        note: What a reader should know about this row.
-    """
-
-    problem: str
-    quantity: str
-    against: str
-    value: float
-    reference: float
-    difference: float
-    tolerance: float
-    note: str = ""
-
-    @property
-    def passed(self) -> bool:
-        """Whether the difference is a number and within the tolerance."""
-        return bool(self.difference <= self.tolerance)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Fields and verdict; numbers that JSON does not know as strings."""
-        plain = {**super().to_dict(), "passed": self.passed}
-        return {
-            key: str(value) if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in plain.items()
-        }
-
-
-@dataclass(frozen=True)
-class Verification(Result):
-    """All comparisons, in the order in which they were made."""
-
-    checks: tuple[Check, ...]
-
-    @property
-    def passed(self) -> bool:
-        return bool(self.checks) and all(check.passed for check in self.checks)
-
-    @property
-    def failures(self) -> tuple[Check, ...]:
-        return tuple(check for check in self.checks if not check.passed)
-
-    def __str__(self) -> str:
-        return f"{len(self.checks) - len(self.failures)} of {len(self.checks)} checks passed"
 
 
 def verify(
@@ -204,7 +150,7 @@ def _moments(problem: Problem, op: Any, single: Any, truth: Dense) -> Iterator[C
 
 
 def _density(problem: Problem, op: Any, truth: Dense) -> Iterator[Check]:
-    density = spectral_density(op, steps=STEPS, probes=PROBES, seed=3)
+    density = spectral_density(op, steps=STEPS, probes=DENSITY_PROBES, seed=3)
     width = density.default_width()
     points = max(2048, math.ceil(4 * (density.lambda_max - density.lambda_min) / width))
     grid = density.default_grid(points)
@@ -214,7 +160,7 @@ def _density(problem: Problem, op: Any, truth: Dense) -> Iterator[Check]:
     threshold = truth.widest_gap()
     counted = density.count(threshold, math.inf).value
     projector = truth.projector(threshold)
-    error = projector.spread() / math.sqrt(PROBES)
+    error = projector.spread() / math.sqrt(DENSITY_PROBES)
     yield Check(
         problem.name,
         f"eigenvalues above {threshold:.3g}",
@@ -223,7 +169,7 @@ def _density(problem: Problem, op: Any, truth: Dense) -> Iterator[Check]:
         projector.trace,
         abs(counted - projector.trace),
         DEVIATIONS * error,
-        f"within {DEVIATIONS:g} exact standard errors of {PROBES} probes",
+        f"within {DEVIATIONS:g} exact standard errors of {DENSITY_PROBES} probes",
     )
 
 
@@ -274,8 +220,8 @@ def _peer_trace(problem: Problem, op: Any, peer: PyHessian, truth: Dense) -> Ite
 def _peer_density(problem: Problem, op: Any, peer: PyHessian, truth: Dense) -> Iterator[Check]:
     theirs = peer.density_trace(min(STEPS, truth.size))
     if isinstance(theirs, float):
-        estimate = spectral_density(op, steps=STEPS, probes=PROBES, seed=3).trace()
-        error = truth.spread() * math.sqrt(1 / PROBES + 1)
+        estimate = spectral_density(op, steps=STEPS, probes=DENSITY_PROBES, seed=3).trace()
+        error = truth.spread() * math.sqrt(1 / DENSITY_PROBES + 1)
         difference = abs(estimate.value - theirs)
         yield Check(
             problem.name, "trace of the density", PYHESSIAN, estimate.value, theirs, difference, DEVIATIONS * error
@@ -296,7 +242,7 @@ def _peer_density(problem: Problem, op: Any, peer: PyHessian, truth: Dense) -> I
 
 def _distance_from_dense(op: Any, truth: Dense) -> float:
     """``integral |p - q|`` of the smoothed densities; Lanczos runs to the end, where quadrature is exact."""
-    probes, seed = 2, 17
+    probes, seed = 1, 17
     density = spectral_density(op, steps=truth.size, probes=probes, seed=seed, reorthogonalize="full")
     weights = _measure(truth, rademacher(probes, truth.size, seed=seed, dtype=torch.float64)).mean(0)
     width = float(truth.eigenvalues[-1] - truth.eigenvalues[0]) / 200

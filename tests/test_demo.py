@@ -1,0 +1,85 @@
+"""The demo leaves a run that can be read and pictures that can be looked at."""
+
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from curvdiag import RunStore
+from curvdiag.cli import app
+
+pytest.importorskip("sklearn")
+
+EPOCHS = 2
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo") / "runs" / "demo"
+    state = torch.get_rng_state()
+    result = CliRunner().invoke(app, ["demo", "--out", str(folder), "--epochs", str(EPOCHS)])
+    assert torch.equal(state, torch.get_rng_state())
+    return folder, result
+
+
+def test_it_ends_well_and_says_where_things_are(demo):
+    folder, result = demo
+    assert result.exit_code == 0, result.output
+    for name in ("run.db", "heatmap.png", "density.png", "scalars.png"):
+        assert str(folder / name) in result.output.replace("\n", "")
+    for word in ("lambda_max", "trace", "training loss", "held out"):
+        assert word in result.output
+
+
+def test_it_leaves_the_run_file_and_the_pictures_and_nothing_else(demo):
+    folder, _ = demo
+    assert sorted(p.name for p in folder.iterdir()) == ["density.png", "heatmap.png", "run.db", "scalars.png"]
+
+
+@pytest.mark.parametrize("name", ["heatmap.png", "density.png", "scalars.png"])
+def test_each_picture_is_a_png_of_a_sensible_size_with_something_in_it(demo, name):
+    from matplotlib.image import imread
+
+    folder, _ = demo
+    assert (folder / name).read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    pixels = imread(folder / name)
+    height, width = pixels.shape[:2]
+    assert 600 <= height <= 2_000
+    assert 800 <= width <= 2_000
+    grey = pixels[..., :3].mean(-1)
+    assert 0.01 < float((grey < 0.9).mean()) < 0.95
+
+
+def test_the_run_file_holds_a_measurement_before_training_and_after_each_epoch(demo):
+    folder, _ = demo
+    with RunStore(folder / "run.db", readonly=True) as store:
+        (run,) = store.runs()
+        assert run.name == "digits"
+        assert run.measurements == EPOCHS + 1
+        series = store.scalars("curv/hessian/lambda_max")
+        per_epoch = series.steps[1]
+        assert series.steps.tolist() == [per_epoch * k for k in range(EPOCHS + 1)]
+        assert series.epochs.tolist() == [0.0, 1.0, 2.0]
+        assert np.isfinite(series.values).all()
+        assert (series.values > 0).all()
+        assert len(store.densities("hessian").densities) == EPOCHS + 1
+        loss = store.scalars("train/loss").values
+        assert loss[-1] < loss[0] < 2.4
+        assert not [event for event in store.events() if event.kind == "error"]
+    assert not list(folder.glob("run.db-*"))
+
+
+def test_it_can_be_repeated_over_its_own_files(demo, tmp_path):
+    folder, _ = demo
+    shutil.copytree(folder, tmp_path / "demo")
+    result = CliRunner().invoke(app, ["demo", "--out", str(tmp_path / "demo"), "--epochs", str(EPOCHS)])
+    assert result.exit_code == 0, result.output
+    with RunStore(folder / "run.db", readonly=True) as one, RunStore(tmp_path / "demo" / "run.db") as other:
+        assert len(other.runs()) == 1
+        assert other.runs()[0].created > one.runs()[0].created
+        before, after = (store.scalars("curv/hessian/trace").values for store in (one, other))
+        assert after == pytest.approx(before, rel=1e-3)
