@@ -8,6 +8,7 @@ Both come out of one backward pass. What is kept of the gradient are its edges i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -54,12 +55,19 @@ class Plan:
 
 
 class Graph:
-    """The gradient of one group of samples as a function of weights and sample weights."""
+    """The gradient of one group of samples as a function of weights and sample weights.
 
-    def __init__(self, objective: Objective, weights: Weights, batch: Batch, dtype: torch.dtype | None) -> None:
+    Args:
+        trusted: The same graph was built and checked before.
+    """
+
+    def __init__(
+        self, objective: Objective, weights: Weights, batch: Batch, dtype: torch.dtype | None, *, trusted: bool = False
+    ) -> None:
         self.objective, self.weights, self.batch, self.dtype = objective, weights, batch, dtype
+        self.checked = trusted
         self.cleared: set[int] = set()
-        self.checked = False
+        self.suspicious = False
         live = dict(objective.model.named_parameters())
         with missing_derivatives():
             objective.inside(weights, lambda: self._build(live), twice=True)
@@ -72,21 +80,28 @@ class Graph:
         self.recomputes = bool(hooks)
         self.sample_weights = torch.ones_like(totals, requires_grad=True)
         loss = (totals * self.sample_weights).sum() / self.objective.total_weight
-        self.suspicious = check_nodes(self.objective, loss, live, lambda: self.objective.totals(self.batch, self.dtype))
+        if not self.checked:
+            rerun = lambda: self.objective.totals(self.batch, self.dtype)  # noqa: E731
+            self.suspicious = check_nodes(self.objective, loss, live, rerun)
         gradients = torch.autograd.grad(loss, self.weights.chosen, create_graph=True, allow_unused=True)
+        if not self.checked:
+            self._check_gradients(loss, gradients)
         self.reached = [g is not None for g in gradients]
-        norms = torch.stack([torch.zeros_like(loss) if g is None else g.detach().norm().to(loss) for g in gradients])
-        self.loss, *sizes = torch.cat([loss.detach()[None], norms]).tolist()
-        if not all(map(_finite, [self.loss, *sizes])):
-            where = self.objective.first_bad_batch(self.weights, self.dtype)
-            raise NonFiniteError(f"{where}; there is no curvature at these weights")
-        self.nonzero = [size > 0 for size in sizes]
-        constant = [i for i, g in enumerate(gradients) if g is not None and not g.requires_grad and self.nonzero[i]]
-        check_truly_zero(self.objective, self.weights, [self.batch], constant, self.dtype)
         self.edges: list[GradientEdge | None] = [
             None if g is None or not g.requires_grad else get_gradient_edge(g.clone() if g.is_leaf else g)
             for g in gradients
         ]
+
+    def _check_gradients(self, loss: Tensor, gradients: Sequence[Tensor | None]) -> None:
+        """The gradient is finite, and constant only in parameters whose second derivative is truly zero."""
+        norms = torch.stack([torch.zeros_like(loss) if g is None else g.detach().norm().to(loss) for g in gradients])
+        sizes = torch.cat([loss.detach()[None], norms]).tolist()
+        if not all(map(math.isfinite, sizes)):
+            where = self.objective.first_bad_batch(self.weights, self.dtype)
+            raise NonFiniteError(f"{where}; there is no curvature at these weights")
+        self.nonzero = [size > 0 for size in sizes[1:]]
+        constant = [i for i, g in enumerate(gradients) if g is not None and not g.requires_grad and self.nonzero[i]]
+        check_truly_zero(self.objective, self.weights, [self.batch], constant, self.dtype)
 
     def multiply(self, vectors: Sequence[Tensor], positions: Sequence[int], *, keep: bool) -> list[Tensor | None]:
         """The Hessian's rows at ``positions`` times a vector that is zero elsewhere; None is zero."""
@@ -162,35 +177,47 @@ class GraphEngine:
             budget,
         )
         self.rebuilt = rebuilt
+        self.trusted = [False] * len(rebuilt)
         self.reached = [False] * len(weights.chosen)
         self.kept = [self._graph(merge(part)) for part in kept]
         self.unvisited = bool(rebuilt)
 
-    def _graph(self, batch: Batch) -> Graph:
-        graph = Graph(self.objective, self.weights, batch, self.dtype)
+    def _graph(self, batch: Batch, trusted: bool = False) -> Graph:
+        graph = Graph(self.objective, self.weights, batch, self.dtype, trusted=trusted)
         self.graphs_built += 1
         self.reached = [a or b for a, b in zip(self.reached, graph.reached, strict=True)]
         return graph
 
     def multiply(self, rows: Tensor, positions: Sequence[int]) -> Tensor:
         """Rows ``[k, p]`` of products from rows ``[k, p]``, over the parameters at ``positions`` alone."""
-        layout = self.objective.parameters.subset(positions)
-        dtypes = [self.weights.chosen[i].dtype for i in positions]
         with numerics(rows.device):
             out = torch.empty_like(rows)
-            for index, graph in enumerate(self._graphs()):
-                kept = index < len(self.kept)
-                for k, (row, total) in enumerate(zip(rows, out, strict=True)):
-                    vectors = [v.to(dtype) for v, dtype in zip(layout.views(row), dtypes, strict=True)]
-                    products = graph.multiply(vectors, positions, keep=kept or k < len(rows) - 1)
-                    _accumulate(products, total, layout.views(total), fresh=index == 0)
+            for index, graph in enumerate(self.kept):
+                self._add(graph, rows, out, positions, fresh=index == 0, keep=True)
+            for index, batch in enumerate(self.rebuilt):
+                # The graph is held by nothing here, so that it is gone before the next one is built.
+                self.trusted[index] = self._add(
+                    self._graph(batch, self.trusted[index]),
+                    rows,
+                    out,
+                    positions,
+                    fresh=index == 0 and not self.kept,
+                    keep=False,
+                )
         self.unvisited = False
         return out
 
-    def _graphs(self) -> Iterator[Graph]:
-        yield from self.kept
-        for batch in self.rebuilt:
-            yield self._graph(batch)
+    def _add(
+        self, graph: Graph, rows: Tensor, out: Tensor, positions: Sequence[int], *, fresh: bool, keep: bool
+    ) -> bool:
+        """Add the products with one graph to ``out``; whether the graph has passed all checks."""
+        layout = self.objective.parameters.subset(positions)
+        dtypes = [self.weights.chosen[i].dtype for i in positions]
+        for k, (row, total) in enumerate(zip(rows, out, strict=True)):
+            vectors = [v.to(dtype) for v, dtype in zip(layout.views(row), dtypes, strict=True)]
+            products = graph.multiply(vectors, positions, keep=keep or k < len(rows) - 1)
+            _accumulate(products, total, layout.views(total), fresh=fresh)
+        return graph.checked
 
     def visit(self) -> None:
         """Build the graph of every group once, to learn what the loss reaches."""
@@ -275,7 +302,3 @@ def _watched_hooks() -> Iterator[list[type]]:
         yield seen
     finally:
         saved_tensors_hooks.__enter__ = enter  # type: ignore[method-assign]
-
-
-def _finite(x: float) -> bool:
-    return x - x == 0
