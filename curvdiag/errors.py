@@ -50,5 +50,9 @@ class StoreError(CurvdiagError):
     """A run file cannot be opened, read or written."""
 
 
+class UnwritableStoreError(StoreError):
+    """A run file cannot be written at present: read-only, a full disk, held by another process."""
+
+
 class CurvdiagWarning(UserWarning):
     """Root of all warnings given by curvdiag."""

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from curvdiag.errors import ArgumentError, CurvdiagWarning, StoreError
+from curvdiag.errors import ArgumentError, CurvdiagWarning
 from curvdiag.monitor.cadence import Cadence, Every, LogSpaced, OverheadBudget
 from curvdiag.monitor.clock import Clock
 from curvdiag.monitor.measurement import Measurement, Preset, Settings, measure
+from curvdiag.monitor.recorder import Recorder
 from curvdiag.monitor.training import as_number, optimizer_scalars, synchronize, was_skipped
 from curvdiag.objective import Objective
 from curvdiag.record import Run, RunStore
@@ -104,15 +105,13 @@ class CurvatureMonitor:
         self.steps_done = 0
         self.history: list[Measurement] = []
         self.clock = Clock()
-        self._name, self._config = name, dict(config or {})
-        self._owns_store = not isinstance(store, RunStore)
-        self._store = store if isinstance(store, RunStore) or store is None else self._open(store)
-        self._run: Run | None = None
+        self._config = dict(config or {})
+        self._warned: set[str] = set()
+        self._recorder = Recorder(store, name, self._description, strict=strict, warn=self._warn)
         self._optimizer: Optimizer | None = None
         self._hook: Any = None
         self._epoch: float | None = None
         self._loss: float | Tensor | None = None
-        self._warned: set[str] = set()
         self._gradient_seconds = 0.0
         self._trained, self._measured_at = 0.0, 0
 
@@ -205,7 +204,7 @@ class CurvatureMonitor:
             )
             log.info("the first %s", notes[-1].removeprefix("a "))
         measurement = Measurement(self.steps_done, self._current_epoch(), scalars, densities, seconds, tuple(notes))
-        self._record(measurement)
+        self._recorder.measurement(measurement)
         return measurement
 
     def _time_gradient(self) -> float:
@@ -243,14 +242,13 @@ class CurvatureMonitor:
 
     @property
     def store(self) -> RunStore | None:
-        return self._store
+        """The open run file, if there is one."""
+        return self._recorder.store
 
     @property
     def run(self) -> Run | None:
         """The run in the store, begun with the first measurement."""
-        if self._run is None and self._store is not None:
-            self._run = self._store.new_run(self._name, self._description())
-        return self._run
+        return self._recorder.run
 
     def _description(self) -> dict[str, Any]:
         settings = self.settings
@@ -268,39 +266,10 @@ class CurvatureMonitor:
             },
         }
 
-    def _open(self, path: str | os.PathLike[str]) -> RunStore | None:
-        try:
-            return RunStore(path)
-        except StoreError as error:
-            if self.strict:
-                raise
-            warnings.warn(f"{error}; measurements stay in memory", CurvdiagWarning, stacklevel=4)
-            return None
-
-    def _record(self, measurement: Measurement) -> None:
-        try:
-            if self.run is not None:
-                self.run.record(
-                    measurement.step,
-                    measurement.scalars,
-                    measurement.densities,
-                    [("note", note) for note in measurement.notes],
-                    epoch=measurement.epoch,
-                    seconds=measurement.seconds,
-                )
-        except (StoreError, ArgumentError) as error:  # the file fails, or the configuration cannot be written
-            if self.strict:
-                raise
-            self._warn("store", f"{error}; training goes on, and measurements stay in memory")
-
     def _failed(self, what: str, error: Exception) -> None:
         message = f"{type(error).__name__}: {error}"
         self._warn(what, f"the {what} at step {self.steps_done} failed and training goes on. {message}")
-        try:
-            if self.run is not None:
-                self.run.record(self.steps_done, events=[("error", message)], epoch=self._current_epoch())
-        except (StoreError, ArgumentError) as failure:
-            self._warn("store", f"{failure}; training goes on")
+        self._recorder.event(self.steps_done, "error", message, self._current_epoch())
 
     def _warn(self, kind: str, message: str) -> None:
         if kind not in self._warned:
@@ -310,8 +279,7 @@ class CurvatureMonitor:
     def close(self) -> None:
         """Detach, and close the run file if the monitor opened it."""
         self.detach()
-        if self._store is not None and self._owns_store:
-            self._store.close()  # kept, so that a checkpoint made afterwards still says which run it was
+        self._recorder.close()
 
     def __enter__(self) -> CurvatureMonitor:
         self.clock.start()
@@ -326,40 +294,21 @@ class CurvatureMonitor:
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs, in plain numbers and strings: steps, times, the cadence, and which run it is."""
-        run = self._run
         return {
+            **self._recorder.state_dict(),
             "steps_done": self.steps_done,
             "epoch": self._epoch,
-            "run": None if run is None else run.id,
-            "run_name": None if run is None else run.name,
             "clock": self.clock.state_dict(),
             "cadence": getattr(self.cadence, "state_dict", lambda: None)(),
-            "warned": sorted(self._warned),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue: count on from the checkpoint's step, in the same run of the store."""
         self.steps_done, self._epoch = int(state["steps_done"]), state["epoch"]
         self.clock.load_state_dict(state["clock"])
-        self._warned = set(state["warned"])
         if state["cadence"] is not None and hasattr(self.cadence, "load_state_dict"):
             self.cadence.load_state_dict(state["cadence"])
-        if state["run"] is not None and self._store is not None:
-            self._run = self._resumed(state)
-
-    def _resumed(self, state: Mapping[str, Any]) -> Run | None:
-        assert self._store is not None
-        try:
-            known = {info.id: info.name for info in self._store.runs()}
-            if known.get(state["run"]) == state["run_name"]:
-                return self._store.resume(state["run"], step=self.steps_done)
-        except StoreError as error:
-            if self.strict:
-                raise
-            self._warn("store", f"{error}; the run cannot be continued, and a new one is begun")
-            return None
-        self._warn("resume", f"the store holds no run {state['run_name']!r} to continue; a new one is begun")
-        return None
+        self._recorder.load_state_dict(state, self.steps_done)
 
     def __repr__(self) -> str:
         return (

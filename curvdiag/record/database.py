@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from curvdiag.errors import StoreError
+from curvdiag.errors import StoreError, UnwritableStoreError
 from curvdiag.record.schema import check, create, mark
 
 logger = logging.getLogger(__name__)
@@ -221,9 +221,11 @@ def translated(path: Path, doing: str) -> Iterator[None]:
     try:
         yield
     except sqlite3.Error as error:
-        raise StoreError(f"cannot {doing} {path}: {error}{remedy(error)}") from error
+        damaged = primary_code(error) in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT)
+        kind = StoreError if damaged else UnwritableStoreError
+        raise kind(f"cannot {doing} {path}: {error}{remedy(error)}") from error
     except OSError as error:
-        raise StoreError(f"cannot {doing} {path}: {error.strerror or error}") from error
+        raise UnwritableStoreError(f"cannot {doing} {path}: {error.strerror or error}") from error
 
 
 REMEDIES = {

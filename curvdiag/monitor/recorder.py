@@ -1,0 +1,114 @@
+"""Between a monitor and its run file: what cannot be written now is kept, and written when it can."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from curvdiag.errors import ArgumentError, StoreError, UnwritableStoreError
+from curvdiag.monitor.measurement import Measurement
+from curvdiag.record import Run, RunStore
+
+
+class Recorder:
+    """One run of a store.
+
+    Args:
+        store: Path of the run file, an open store, or None to record nothing.
+        name: Of the run.
+        describe: Gives the run's configuration when it begins, with the first record.
+        strict: Raise what goes wrong with the file.
+        warn: Called with a kind and a message otherwise.
+
+    Raises:
+        StoreError: The path cannot be a run file: no such folder, another kind of file, a newer schema.
+    """
+
+    def __init__(
+        self,
+        store: str | os.PathLike[str] | RunStore | None,
+        name: str | None,
+        describe: Callable[[], Mapping[str, Any]],
+        *,
+        strict: bool,
+        warn: Callable[[str, str], None],
+    ) -> None:
+        self.strict, self._warn = strict, warn
+        self._name, self._describe = name, describe
+        self._owns_store = not isinstance(store, RunStore)
+        self._run: Run | None = None
+        self._unwritten: list[dict[str, Any]] = []
+        self.store = store if isinstance(store, RunStore) or store is None else self._open(store)
+
+    def _open(self, path: str | os.PathLike[str]) -> RunStore | None:
+        try:
+            return RunStore(path)
+        except UnwritableStoreError as error:
+            if self.strict:
+                raise
+            self._warn("store", f"{error}; measurements stay in memory")
+            return None
+
+    @property
+    def run(self) -> Run | None:
+        """The run, begun when it is first asked for."""
+        if self._run is None and self.store is not None:
+            self._run = self.store.new_run(self._name, self._describe())
+        return self._run
+
+    def measurement(self, measurement: Measurement) -> None:
+        """Record a measurement, after those that could not be recorded before."""
+        self._write(
+            step=measurement.step,
+            scalars=measurement.scalars,
+            densities=measurement.densities,
+            events=[("note", note) for note in measurement.notes],
+            epoch=measurement.epoch,
+            seconds=measurement.seconds,
+        )
+
+    def event(self, step: int, kind: str, message: str, epoch: float | None) -> None:
+        """Record that something happened."""
+        self._write(step=step, events=[(kind, message)], epoch=epoch)
+
+    def _write(self, **record: Any) -> None:
+        if self.store is None:
+            return
+        self._unwritten.append({**record, "wall_time": time.time()})
+        try:
+            run = self.run
+            assert run is not None
+            while self._unwritten:
+                run.record(**self._unwritten[0])
+                self._unwritten.pop(0)
+        except (StoreError, ArgumentError) as error:  # the file fails, or the configuration cannot be written
+            if self.strict:
+                raise
+            self._warn("store", f"{error}; training goes on, and measurements stay in memory until they can be written")
+
+    def close(self) -> None:
+        """Close the store if the path was given; it is kept, so that a later checkpoint still names the run."""
+        if self.store is not None and self._owns_store:
+            self.store.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        run = self._run
+        return {"run": None if run is None else run.id, "run_name": None if run is None else run.name}
+
+    def load_state_dict(self, state: Mapping[str, Any], step: int) -> None:
+        """Continue the same run from ``step``; where the store does not hold it, a new one is begun, with a warning."""
+        if state["run"] is None or self.store is None:
+            return
+        try:
+            known = {info.id: info.name for info in self.store.runs()}
+            if known.get(state["run"]) == state["run_name"]:
+                self._run = self.store.resume(state["run"], step=step)
+                return
+        except StoreError as error:
+            if self.strict:
+                raise
+            self._warn("store", f"{error}; the run cannot be continued, and a new one is begun")
+            return
+        self._warn("resume", f"the store holds no run {state['run_name']!r} to continue; a new one is begun")
