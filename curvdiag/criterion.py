@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from curvdiag.data import Batch, can_cut, map_tensors, sample_count, take
+from curvdiag.data import Batch, map_tensors, sample_count, tensors_of
 from curvdiag.errors import LossError
 
-_SUM_REMEDY = (
+SUM_REMEDY = (
     "the curvature of a sum is the batch size times that of the mean; use reduction='mean' "
     "(and multiply by the number of samples if the sum is what you want)"
 )
@@ -60,6 +60,10 @@ class CriterionLoss:
         """Whether any sample of the batch counts; none does where every target is ignored."""
         return bool(self.counts_of(batch).sum() > 0)
 
+    def counts_alike(self, one: Batch, other: Batch) -> bool:
+        """Whether a sample of ``one`` has as many targets as a sample of ``other``."""
+        return [t.shape[1:] for t in tensors_of(one[1])] == [t.shape[1:] for t in tensors_of(other[1])]
+
     def _mean(self, outputs: Any, batch: Batch) -> Tensor:
         result = self.criterion(outputs, batch[1])
         return result if result.ndim == 0 else _samples(result, sample_count(batch)).mean()
@@ -79,20 +83,40 @@ class CriterionLoss:
             _refuse_sum(self.criterion, outputs, targets, raw)
             self.note = "the criterion gives only a mean; return per-sample losses (reduction='none') instead"
             return float(raw)
-        self.per_sample = self._is_mean_of_samples(raw, outputs, targets, batch)
-        if not self.per_sample:
-            _refuse_sum(self.criterion, outputs, targets, raw)
-            self.unreduced = None
+        self.per_sample = True
+        self._confirm(raw, outputs, targets, batch)
+        return float(raw)
+
+    def confirm(self, model: nn.Module, batch: Batch) -> None:
+        """Look at another batch: one may hold padding or ignored labels where the first had none."""
+        if self.per_sample and self.labels_or_mean_in_doubt:
+            outputs = call_model(model, batch[0])
+            self._confirm(self.criterion(outputs, batch[1]), outputs, batch[1], batch)
+
+    @property
+    def labels_or_mean_in_doubt(self) -> bool:
+        """Whether the criterion is not one of PyTorch's own, whose means are known."""
+        criterion: Any = self.criterion
+        while isinstance(criterion, functools.partial):
+            criterion = criterion.func
+        home = (criterion if inspect.isfunction(criterion) else type(criterion)).__module__
+        return self.unreduced is not self.criterion and not home.startswith("torch.nn.")
+
+    def _confirm(self, mean: Tensor, outputs: Any, targets: Any, batch: Batch) -> None:
+        if not self._is_mean_of_samples(mean, outputs, targets, batch):
+            _refuse_sum(self.criterion, outputs, targets, mean)
+            self.per_sample, self.unreduced, self.labels = False, None, None
             self.note = (
                 "the criterion's mean is not that of its losses with reduction='none'; give the loss per sample with "
                 "Objective.from_loss(..., weight=...)"
             )
-        return float(raw)
 
     def _is_mean_of_samples(self, mean: Tensor, outputs: Any, targets: Any, batch: Batch) -> bool:
         assert self.unreduced is not None
         try:
             losses = self.unreduced(outputs, targets)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
         except Exception:  # a criterion that has a reduction and does not know "none"
             return False
         if not isinstance(losses, Tensor) or losses.ndim == 0 or losses.shape[0] % sample_count(batch):
@@ -107,13 +131,12 @@ class CriterionLoss:
         if self.per_sample:
             assert self.unreduced is not None
             return self._apart(self.unreduced(outputs, batch[1]), batch)
-        return self._mean(outputs, batch) * sample_count(batch)
+        return self._mean(outputs, batch) * float(self.counts(batch))
 
     def counts(self, batch: Batch) -> Tensor:
         """``c_i`` as ``[B]``, or their sum as a scalar where only the mean is known; float64, on the CPU."""
-        if not self.per_sample:
-            return torch.tensor(float(sample_count(batch)), dtype=torch.float64)
-        return self.counts_of(batch)
+        counts = self.counts_of(batch)
+        return counts if self.per_sample else counts.sum()
 
     def counts_of(self, batch: Batch) -> Tensor:
         targets = batch[1]
@@ -127,7 +150,7 @@ class CriterionLoss:
     def _apart(self, losses: Tensor, batch: Batch) -> Tensor:
         count = sample_count(batch)
         by_class = isinstance(batch[1], Tensor) and not batch[1].dtype.is_floating_point
-        if (self.labels is not None and by_class) or getattr(self.criterion, "reduction", "") == "batchmean":
+        if (self.labels is not None and by_class) or _reduction(self.criterion) == "batchmean":
             return losses.reshape(count, -1).sum(1)
         return _samples(losses, count)
 
@@ -148,6 +171,13 @@ class FunctionLoss:
     def learn(self, seen: Any) -> None:
         """Take over what ``seen``, a moved copy, found out in :meth:`inspect`."""
         self.per_sample, self.note = seen.per_sample, seen.note
+
+    def confirm(self, model: nn.Module, batch: Batch) -> None:
+        """Look at another batch; a function's shape and weights are checked when it is used."""
+
+    def counts_alike(self, one: Batch, other: Batch) -> bool:
+        """Whether a sample of ``one`` counts as much as a sample of ``other``: unknown where their shapes differ."""
+        return False
 
     def value(self, model: nn.Module, batch: Batch) -> Tensor:
         """The mean over the batch, as a scalar."""
@@ -201,60 +231,6 @@ class FunctionLoss:
 Loss = CriterionLoss | FunctionLoss
 
 
-def check_by_halves(loss: Loss, model: nn.Module, batch: Batch, *, several: bool) -> None:
-    """Compare the loss of the two halves of a batch with that of the whole, which tells what a mean is over.
-
-    A per-sample loss that another half changes couples its samples, and is used as a mean from then on.
-
-    Args:
-        several: There are more batches, whose means must be weighted against each other.
-
-    Raises:
-        LossError: The loss is a sum; or it is a mean over something other than samples, of several batches, and
-            nothing says how the batches are weighted.
-    """
-    count = sample_count(batch)
-    unweighted = several and getattr(loss, "weight", None) is None
-    if count < 2 or not can_cut(batch):
-        if not loss.per_sample and unweighted and not can_cut(batch):
-            raise LossError(
-                "the loss gives a mean, and the tensors of a batch have different first dimensions, so that nothing "
-                "says how much each batch counts: give weight=, a function of the batch"
-            )
-        return
-    halves = [take(batch, slice(0, count // 2)), take(batch, slice(count // 2, count))]
-    try:
-        if loss.per_sample:
-            whole, apart = loss.totals(model, batch), torch.cat([loss.totals(model, half) for half in halves])
-            if not _close(apart, whole):
-                loss.per_sample = False
-                loss.note = "samples of a batch change each other's losses"
-            return
-        mean, (one, two) = loss.value(model, batch), (loss.value(model, half) for half in halves)
-    except LossError:
-        raise
-    except Exception as error:  # the loss takes only batches of this size
-        loss.per_sample = False
-        loss.note = f"the loss cannot be taken of half a batch ({type(error).__name__}: {error})"
-        return
-    weights = [float(loss.counts(half)) for half in halves]
-    if _close((weights[0] * one + weights[1] * two) / max(sum(weights), 1e-300), mean):
-        return
-    if _close(one + two, mean):
-        raise LossError(f"the loss is a sum over samples: {_SUM_REMEDY}")
-    if several and getattr(loss, "weight", None) is None:
-        raise LossError(
-            f"the loss is a mean over something other than samples (on two halves of a batch {float(one):.6g} and "
-            f"{float(two):.6g}, on the whole {float(mean):.6g}), so that nothing says how much each batch counts: give "
-            "Objective.from_loss(..., weight=...) the number of tokens, or one loss for each sample"
-        )
-
-
-def _close(a: Tensor, b: Tensor) -> bool:
-    tolerance = max(1e-3, 10 * torch.finfo(b.dtype).eps)
-    return a.shape == b.shape and bool((a - b).abs().max() <= tolerance * b.abs().max())
-
-
 def call_model(model: nn.Module, inputs: Any) -> Any:
     """``model(inputs)``, with a tuple or mapping of inputs unpacked into the model's arguments."""
     if isinstance(inputs, Mapping):
@@ -279,22 +255,28 @@ def _samples(losses: Tensor, count: int) -> Tensor:
 
 def _with_reduction_none(criterion: Callable[..., Tensor]) -> Callable[..., Tensor] | None:
     """The criterion without its reduction where it has one by PyTorch's convention, else None."""
-    reduction = getattr(criterion, "reduction", None)
-    if isinstance(criterion, nn.Module) and isinstance(reduction, str):
-        if reduction == "sum":
-            raise LossError(f"{type(criterion).__name__} has reduction='sum': {_SUM_REMEDY}")
-        twin = copy.copy(criterion)
-        twin.reduction = "none"  # type: ignore[assignment]
-        return twin
+    reduction = _reduction(criterion)
+    if reduction is None:
+        return None
+    if reduction == "sum":
+        raise LossError(f"the criterion has reduction='sum': {SUM_REMEDY}")
+    if not isinstance(criterion, nn.Module):
+        return functools.partial(criterion, reduction="none")
+    twin = copy.copy(criterion)
+    twin.reduction = "none"  # type: ignore[assignment]
+    return twin
+
+
+def _reduction(criterion: Callable[..., Tensor]) -> str | None:
+    """A module's ``reduction``, or a function's default for it."""
+    if isinstance(criterion, nn.Module):
+        reduction = getattr(criterion, "reduction", None)
+        return reduction if isinstance(reduction, str) else None
     try:
         known = inspect.signature(criterion).parameters
     except (TypeError, ValueError):
         return None
-    if "reduction" not in known:
-        return None
-    if known["reduction"].default == "sum":
-        raise LossError(f"the criterion has reduction='sum': {_SUM_REMEDY}")
-    return functools.partial(criterion, reduction="none")
+    return str(known["reduction"].default) if "reduction" in known else None
 
 
 def _class_settings(criterion: Callable[..., Tensor]) -> tuple[Tensor | None, int] | None:
@@ -316,11 +298,13 @@ def _refuse_sum(criterion: Callable[..., Tensor], outputs: Any, targets: Any, va
     """A sum doubles when each sample is given twice; a mean does not."""
     try:
         twice = criterion(*(map_tensors(lambda t: torch.cat([t, t]), part) for part in (outputs, targets)))
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception:  # a criterion that takes nothing but this batch cannot be asked
         return
     once, double = float(value), float(twice)
     if abs(once) > 0 and abs(double - 2 * once) < 1e-3 * abs(once):
-        raise LossError(f"the criterion returns a sum over samples: {_SUM_REMEDY}")
+        raise LossError(f"the criterion returns a sum over samples: {SUM_REMEDY}")
 
 
 def _moved(criterion: Any, device: torch.device, dtype: torch.dtype | None) -> Any:

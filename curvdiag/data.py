@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -158,7 +158,11 @@ def map_tensors(function: Callable[[Tensor], Tensor], batch: Batch) -> Batch:
         return function(batch)
     if isinstance(batch, Mapping):
         items = {key: map_tensors(function, value) for key, value in batch.items()}
-        return items if type(batch) is dict else type(batch)(items)  # type: ignore[call-arg]
+        if not isinstance(batch, MutableMapping):
+            return items
+        twin = copy.copy(batch)  # keeps its type, and what else it holds
+        twin.update(items)
+        return twin
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(map_tensors(function, value) for value in batch))
     if isinstance(batch, tuple | list):

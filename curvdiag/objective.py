@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from curvdiag.criterion import CriterionLoss, FunctionLoss, Loss, check_by_halves
+from curvdiag.criterion import CriterionLoss, FunctionLoss, Loss
 from curvdiag.data import Batch, can_cut, place, read_batches, sample_count, take, tensors_of
-from curvdiag.errors import ArgumentError, DataError, LossError, NonFiniteError, NotDeterministicError
+from curvdiag.errors import ArgumentError, DataError, LossError, NonFiniteError
+from curvdiag.inspection import inspect_loss
 from curvdiag.parameters import Parameters, Selection
 from curvdiag.sandbox import Mode, sandbox, unwrap, with_tensors
 from curvdiag.weights import Weights
@@ -107,7 +107,7 @@ class Objective:
         self.batches = batches
         self._loss = loss
         self._moved_losses: dict[torch.dtype | None, Loss] = {}
-        self._check_first_batch()
+        self._inspect()
         self.notes = tuple(notes + ([loss.note] if loss.note else []))
         self._count()
 
@@ -117,49 +117,16 @@ class Objective:
         if not self.total_weight > 0:
             raise DataError("the weights of all samples add up to zero: every target is ignored or has class weight 0")
 
-    def _check_first_batch(self) -> None:
-        """A few forward passes over the first batch: the loss is finite, understood and the same each time."""
-        weights, model = self.weights(), self.model
-        index = next((i for i, batch in enumerate(self.batches) if self._loss.has_weight(batch)), 0)
+    def _inspect(self) -> None:
+        """Find out what the loss is; a few forward passes, once."""
+        seen = self._moved(None)
 
-        def twice() -> tuple[float, float, bool]:
-            batch, loss = place(self.batches[index], self.device, None), self._moved(None)
-            state = torch.get_rng_state()
+        def look() -> None:
             with torch.no_grad():
-                one = loss.inspect(model, batch)
-                drew = not torch.equal(state, torch.get_rng_state())
-                two = float(loss.value(model, batch))
-                if one == two and not self.couples_samples:
-                    check_by_halves(loss, model, batch, several=len(self.batches) > 1)
-                return one, two, drew
+                inspect_loss(seen, self.model, self.batches, self.device, coupled=self.couples_samples)
 
-        with sandbox(model, self.mode, self.device, twice=False):
-            one, two, drew = with_tensors(model, weights.tensors(), twice)
-        self._loss.learn(self._moved(None))
-        if not math.isfinite(one):
-            raise NonFiniteError(
-                f"the loss on batch {index} is {one}; there is no curvature at these weights: look for a learning "
-                "rate that is too high, or for bad values in the batch"
-            )
-        if abs(one - two) > 100 * torch.finfo(self.dtype).eps * max(abs(one), abs(two)):
-            raise NotDeterministicError(
-                f"the same weights and batch gave the losses {one:.8g} and {two:.8g}; {self._blame(drew)}"
-            )
-
-    def _blame(self, drew: bool) -> str:
-        active = [
-            name or type(module).__name__
-            for name, module in self.model.named_modules()
-            if self.mode == "train" and _dropout(module) > 0
-        ]
-        if active:
-            return f"dropout is active in {', '.join(active[:5])}: measure with mode='eval'"
-        if drew:
-            return (
-                "the forward pass draws random numbers: F.dropout without training=self.training, noise or "
-                "augmentation inside the model or the loss; switch it off for the measurement"
-            )
-        return "the forward pass keeps a state of its own, or uses kernels that are not deterministic"
+        self.inside(self.weights(), look, twice=False)
+        self._loss.learn(seen)
 
     @property
     def device(self) -> torch.device:
@@ -300,21 +267,24 @@ class Objective:
         )
 
 
-def _dropout(module: nn.Module) -> float:
-    """The dropout probability of a module: a dropout layer's, or a recurrent or attention layer's own."""
-    rate = getattr(module, "p" if isinstance(module, nn.modules.dropout._DropoutNd) else "dropout", 0.0)
-    return float(rate) if isinstance(rate, int | float) else 0.0
-
-
 def gradient(
     objective: Objective,
     weights: Weights,
     batches: list[Batch],
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Gradient ``[P]`` of the objective's share that ``batches`` make up, at ``weights``.
+    """Gradient ``[P]`` of the objective's share that ``batches`` make up, at ``weights``."""
+    wanted = dtype or objective.dtype
+    parts = zip(gradients(objective, weights, batches, dtype), weights.chosen, strict=True)
+    return objective.parameters.flatten((torch.zeros_like(w) if g is None else g).to(wanted) for g, w in parts)
 
-    Gradients are collected by ``backward``, which reentrant checkpointing needs, in leaves of our own.
+
+def gradients(
+    objective: Objective, weights: Weights, batches: list[Batch], dtype: torch.dtype | None = None
+) -> list[Tensor | None]:
+    """The same by parameter; None where the loss does not reach it.
+
+    They are collected by ``backward``, which reentrant checkpointing needs, in leaves of our own.
     """
     leaves = weights.replaced(weights.chosen)
 
@@ -327,6 +297,4 @@ def gradient(
                 loss.backward()
 
     objective.inside(leaves, add_up, twice=False)
-    dtype = dtype or objective.dtype
-    parts = [torch.zeros_like(t) if t.grad is None else t.grad for t in leaves.chosen]
-    return objective.parameters.flatten(part.to(dtype) for part in parts)
+    return [t.grad for t in leaves.chosen]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 Mode = str
 """``"eval"`` or ``"train"``: how layers such as BatchNorm and dropout behave during a measurement."""
@@ -48,6 +50,7 @@ def sandbox(model: nn.Module, mode: Mode, device: torch.device, *, twice: bool) 
         stack.enter_context(_eager())
         if twice:
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            stack.enter_context(_PlainWeightNorm())
             if device.type == "cuda" and any(isinstance(m, nn.RNNBase) for m in model.modules()):
                 stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         stack.enter_context(_attributes(model))
@@ -76,9 +79,19 @@ def _attributes(model: nn.Module) -> Iterator[None]:
     What such an attribute holds after a measurement may belong to its graph, or be in another precision.
     """
     kept = [(vars(module), dict(vars(module))) for module in model.modules()]
+    own = vars(nn.Module())
+    mutable = [
+        (value, copy.copy(value))
+        for _, before in kept
+        for name, value in before.items()
+        if name not in own and type(value) in (list, dict, set)
+    ]
     try:
         yield
     finally:
+        for value, content in mutable:
+            value.clear()
+            (value.extend if isinstance(value, list) else value.update)(content)
         for now, before in kept:
             for name in now.keys() - before.keys():
                 del now[name]
@@ -89,7 +102,7 @@ def _attributes(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def random_states(*generators: torch.Generator | None) -> Iterator[None]:
-    """Random states of PyTorch (CPU and every device in use), Python, NumPy and ``generators``, restored."""
+    """Random states of PyTorch (CPU and CUDA devices), Python, NumPy and ``generators``, restored."""
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - it is the global state that is kept
     torch_cpu = torch.get_rng_state()
     torch_cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
@@ -106,6 +119,14 @@ def random_states(*generators: torch.Generator | None) -> Iterator[None]:
             generator.set_state(state)
 
 
+def random_fingerprint() -> tuple[object, ...]:
+    """Something that changes when any of the random states does."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+    numpy = np.random.get_state()  # noqa: NPY002
+    states = [state.numpy().tobytes() for state in (torch.get_rng_state(), *cuda)]
+    return random.getstate(), numpy[1].tobytes(), numpy[2], *states  # type: ignore[index]
+
+
 @contextmanager
 def _eager() -> Iterator[None]:
     """Compiled functions run as plain Python: compiled graphs cannot be differentiated twice."""
@@ -114,6 +135,23 @@ def _eager() -> Iterator[None]:
         return
     with torch.compiler.set_stance("force_eager"):
         yield
+
+
+class _PlainWeightNorm(TorchFunctionMode):
+    """``torch._weight_norm`` in plain operations: the second derivative of its fused form is wrong, silently.
+
+    (PyTorch 2.13, float64, CPU: the Hessian of a linear layer with weight_norm is asymmetric by 29 % of its norm.)
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch._weight_norm:
+            return _weight_norm(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    others = [d for d in range(v.ndim) if d != dim % v.ndim] if dim != -1 else list(range(v.ndim))
+    return v * (g / v.square().sum(others, keepdim=True).sqrt())
 
 
 class _Host(nn.Module):

@@ -37,8 +37,9 @@ class Weights:
             return tensor.detach().to(dtype=dtype if tensor.dtype.is_floating_point else None, copy=True)
 
         with torch.inference_mode(False):
+            own = set(names)
             parameters = dict(model.named_parameters(remove_duplicate=False))
-            fixed = {name: picture(p) for name, p in model.named_parameters() if name not in set(names)}
+            fixed = {name: picture(p) for name, p in model.named_parameters() if name not in own}
             buffers = {name: picture(b) for name, b in model.named_buffers()}
             chosen = tuple(picture(parameters[name]).requires_grad_() for name in names)
         return cls(chosen, fixed, buffers, tuple(names))

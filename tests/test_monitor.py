@@ -245,8 +245,9 @@ def test_the_keys_of_the_table_are_there(preset, tmp_path):
     training = Training()
     with training.monitor(tmp_path / "run.db", every=1, preset=preset, steps_per_epoch=4) as monitor:
         monitor.attach(training.optimizer)
-        monitor.observe_loss(1.25)
-        training.step(3)
+        for _ in range(3):
+            monitor.observe_loss(1.25)
+            training.step()
         expected = BASE | ALWAYS | OPTIMIZER
         if preset != "light":
             expected = expected | STANDARD | {f"curv/anisotropy/{name}" for name in MEASURES}

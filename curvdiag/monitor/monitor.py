@@ -112,6 +112,7 @@ class CurvatureMonitor:
         self._hook: Any = None
         self._epoch: float | None = None
         self._loss: float | Tensor | None = None
+        self._loss_step = 0
         self._gradient_seconds = 0.0
         self._trained, self._measured_at = 0.0, 0
 
@@ -158,6 +159,7 @@ class CurvatureMonitor:
         """Say what the training loss is. A tensor is read only when a measurement is recorded."""
         # A copy, because loops reuse and rescale the tensor that they log.
         self._loss = loss.detach().clone() if isinstance(loss, Tensor) else float(loss)
+        self._loss_step = self.steps_done
 
     # Measuring
 
@@ -168,6 +170,7 @@ class CurvatureMonitor:
             CurvdiagError: With ``strict=True``, whatever went wrong.
         """
         measurement: Measurement | None = None
+        synchronize(self.objective.device)  # what training has queued is not the measurement's time
         with self.clock.measuring_time():
             try:
                 measurement = self._measure()
@@ -195,7 +198,7 @@ class CurvatureMonitor:
         if self._optimizer is not None:
             scalars.update(optimizer_scalars(self._optimizer))
         loss = as_number(self._loss)
-        if loss is not None:
+        if loss is not None and self.steps_done - self._loss_step <= 1:  # an older one is not this step's
             scalars["train/loss"] = loss
         if not self.history:
             notes += self.objective.notes

@@ -104,9 +104,10 @@ class SymmetricOperator(abc.ABC):
         """The same matrix for :mod:`scipy.sparse.linalg`, with NumPy vectors on the CPU."""
 
         def multiply(x: np.ndarray) -> np.ndarray:
-            return (self @ torch.from_numpy(np.ascontiguousarray(x))).cpu().numpy()
+            product = (self @ torch.from_numpy(np.ascontiguousarray(x))).cpu()
+            return product.numpy() if product.dtype != torch.bfloat16 else product.float().numpy()
 
-        dtype = torch.empty((), dtype=self.dtype).numpy().dtype
+        dtype = np.dtype("float64" if self.dtype == torch.float64 else "float32")
         return LinearOperator(self.shape, matvec=multiply, matmat=multiply, rmatvec=multiply, dtype=dtype)
 
 

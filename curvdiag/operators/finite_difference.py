@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from curvdiag.data import Batch
 from curvdiag.errors import SecondDerivativeError
-from curvdiag.objective import Objective, gradient
+from curvdiag.objective import Objective, gradient, gradients
 from curvdiag.weights import Weights
 
 KINKED_MODULES = (
@@ -49,11 +49,12 @@ _KINKED_NODES = (
 class FiniteDifferenceEngine:
     """``(grad(w + h v) - grad(w - h v)) / 2h``, two gradients a product.
 
-    The step moves the weights by the cube root of the precision, relative to their norm, where rounding and
-    truncation balance.
+    The step moves the weights by the cube root of the precision, relative to the norm of those that the vector
+    moves, where rounding and truncation balance.
 
     Raises:
-        SecondDerivativeError: Another step changes the product of a random vector by more than ``rtol``.
+        SecondDerivativeError: Another step changes a product by more than ``rtol``, for a random vector or for what
+            two power iterations make of it, which is close to the sharpest directions.
     """
 
     graphs_built = 0
@@ -80,13 +81,18 @@ class FiniteDifferenceEngine:
                 f"{shrinking[0]!r} has max_norm, which moves its weights back during the forward pass: finite "
                 "differences would not see where they were moved; use method='exact'"
             )
-        self.length = _norm(weights.chosen) or 1.0
-        self.step = coarsest ** (1 / 3) * self.length
-        self.error = self._measured_error()
-        if not self.error <= rtol:
+        self.precision, self.rtol = coarsest, rtol
+        self.squares = torch.stack([w.detach().double().square().sum() for w in weights.chosen]).cpu()
+        self.error = 0.0
+        self.check(range(len(weights.chosen)))
+
+    def check(self, positions: Sequence[int]) -> None:
+        """Measure the error on the block of the parameters at ``positions``, and refuse what is too coarse."""
+        self.error = max(self.error, self._measured_error(positions))
+        if not self.error <= self.rtol:
             raise SecondDerivativeError(
                 f"finite differences are not accurate on this model: another step changes a product by "
-                f"{self.error:.2g} of its norm, more than rtol={rtol:g}. {self._cause()}"
+                f"{self.error:.2g} of its norm, more than rtol={self.rtol:g}. {self._cause()}"
             )
 
     def multiply(self, rows: Tensor, positions: Sequence[int]) -> Tensor:
@@ -97,12 +103,13 @@ class FiniteDifferenceEngine:
             full = row.new_zeros(layout.size)
             for part, values in zip(inside, row.split([s.stop - s.start for s in inside]), strict=True):
                 full[part] = values
-            product = self.product(full, self.step)
+            product = self.product(full)
             products.append(torch.cat([product[part] for part in inside]))
         return torch.stack(products)
 
-    def product(self, vector: Tensor, step: float) -> Tensor:
-        """One product ``[P]``, by moving the weights a distance ``step`` along ``vector`` and against it."""
+    def product(self, vector: Tensor, precision: float | None = None, fraction: float = 1.0) -> Tensor:
+        """One product ``[P]``, at a fraction of the step that suits ``precision``."""
+        step = fraction * (precision or self.precision) ** (1 / 3) * self._reach(vector)
         length = float(vector.norm())
         if length == 0 or length != length:
             return vector.clone()
@@ -120,15 +127,32 @@ class FiniteDifferenceEngine:
         vector = torch.randn(size, generator=generator, dtype=torch.float64)
         return vector.to(self.objective.device, self.dtype or self.objective.dtype)
 
-    def _measured_error(self) -> float:
-        """Largest relative change of a random vector's product when the step is another."""
-        vector = self.random_vector()
-        one = self.product(vector, self.step)
-        scale = float(one.norm())
-        # Half the step shows rounding. A step that suits float32 shows kinks, which a tiny one may not happen to meet.
-        coarse = max(self.step, torch.finfo(torch.float32).eps ** (1 / 3) * self.length)
-        others = [self.product(vector, step) for step in {self.step / 2, coarse} - {self.step}]
-        return max(float((one - other).norm()) for other in others) / scale if scale > 0 else 0.0
+    def _reach(self, vector: Tensor) -> float:
+        """Norm of the weights, each tensor counted by its share in the vector; for weights of zero, 1 over sqrt(n)."""
+        shares = torch.stack([v.double().square().sum() for v in self.objective.parameters.views(vector)]).cpu()
+        numels = torch.tensor(self.objective.parameters.numels, dtype=torch.float64)
+        typical = float(self.squares.sum() / numels.sum()) or 1.0
+        squares = torch.where(self.squares > 0, self.squares, typical * numels)
+        return float(((squares * shares).sum() / shares.sum().clamp_min(1e-300)).sqrt())
+
+    def _measured_error(self, positions: Sequence[int]) -> float:
+        """Largest relative change of a product when the step is another."""
+        inside = torch.zeros(self.objective.parameters.size, device=self.objective.device)
+        for i in positions:
+            inside[self.objective.parameters.slices[i]] = 1.0
+        vector, worst = self.random_vector() * inside, 0.0
+        for _ in range(3):
+            one = self.product(vector) * inside
+            scale = float(one.norm())
+            if scale == 0:
+                break
+            # Half the step shows rounding. One that suits float32 shows kinks, which a tiny one may not meet.
+            others = [self.product(vector, fraction=0.5)]
+            if self.precision < torch.finfo(torch.float32).eps:
+                others.append(self.product(vector, torch.finfo(torch.float32).eps))
+            worst = max(worst, *(float((one - other * inside).norm()) / scale for other in others))
+            vector = one / scale
+        return worst
 
     def _cause(self) -> str:
         modules = self.objective.model.named_modules()
@@ -140,7 +164,10 @@ class FiniteDifferenceEngine:
                 f"The model has kinks ({', '.join(kinked[:4])}{', ...' if len(kinked) > 4 else ''}), across which the "
                 "gradient jumps: use method='exact', or a smooth activation"
             )
-        return "The forward pass is coarse (bfloat16 or float16 inside?): run it in float32, or use method='exact'"
+        return (
+            "The forward pass is coarse (bfloat16 or float16 inside?), or the weights of its layers are of very "
+            "different sizes: give dtype=torch.float64, or use method='exact'"
+        )
 
     def _node_names(self) -> Iterator[str]:
         loss: Any = self.objective.inside(
@@ -159,9 +186,5 @@ class FiniteDifferenceEngine:
 
     @property
     def reached(self) -> list[bool]:
-        flat = gradient(self.objective, self.weights, self.pieces, self.dtype)
-        return [bool(part.any()) for part in self.objective.parameters.views(flat)]
-
-
-def _norm(tensors: Sequence[Tensor]) -> float:
-    return float(torch.stack([t.detach().double().norm() for t in tensors]).norm())
+        parts = gradients(self.objective, self.weights, self.pieces, self.dtype)
+        return [part is not None for part in parts]

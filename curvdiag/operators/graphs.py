@@ -9,49 +9,29 @@ Both come out of one backward pass. What is kept of the gradient are its edges i
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
-from curvdiag.data import Batch, can_merge, merge, sample_count, take
+from curvdiag.data import Batch
 from curvdiag.errors import NonFiniteError
-from curvdiag.memory import free_bytes, human_bytes
+from curvdiag.memory import free_bytes
 from curvdiag.objective import Objective
+from curvdiag.operators.plan import GraphBytes, foretell, lay_out
 from curvdiag.operators.second_derivative import (
     check_against_differences,
     check_nodes,
+    check_symmetry,
     check_truly_zero,
     missing_derivatives,
 )
 from curvdiag.sandbox import numerics
 from curvdiag.weights import Weights
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How the data are laid out in graphs.
-
-    Attributes:
-        kept: Samples in each kept graph.
-        rebuilt: Samples in each group whose graph is built anew at each product.
-        bytes_kept: Estimated memory of the kept graphs.
-        budget: Bytes that kept graphs may take.
-    """
-
-    kept: tuple[int, ...]
-    rebuilt: tuple[int, ...]
-    bytes_kept: int
-    budget: int
-
-    def __str__(self) -> str:
-        return (
-            f"{len(self.kept)} graphs kept ({sum(self.kept):,} samples, about {human_bytes(self.bytes_kept)} of "
-            f"{human_bytes(self.budget)}), {len(self.rebuilt)} rebuilt at each product ({sum(self.rebuilt):,} samples)"
-        )
 
 
 class Graph:
@@ -73,6 +53,9 @@ class Graph:
             objective.inside(weights, lambda: self._build(live), twice=True)
         if self.suspicious:
             check_against_differences(objective, weights, batch, dtype, self._whole)
+        if not objective.__dict__.get("_symmetric"):
+            check_symmetry(objective, dtype, self._whole)
+            objective.__dict__["_symmetric"] = True
 
     def _build(self, live: Mapping[str, Tensor]) -> None:
         with _watched_hooks() as hooks:
@@ -168,19 +151,24 @@ class GraphEngine:
         self.graphs_built = 0
         pieces = list(objective.micro_batches(micro_batch))
         budget = free_bytes(objective.device) // 2 if memory is None else memory
-        per_sample = saved_bytes_per_sample(objective, weights, pieces[0], dtype) if budget > 0 else 0.0
-        kept, rebuilt = group(pieces, per_sample, budget, regroup=micro_batch is None and objective.can_regroup)
-        self.plan = Plan(
-            tuple(sum(map(sample_count, part)) for part in kept),
-            tuple(map(sample_count, rebuilt)),
-            int(per_sample * sum(sample_count(one) for part in kept for one in part)),
-            budget,
-        )
-        self.rebuilt = rebuilt
-        self.trusted = [False] * len(rebuilt)
+        size = self._graph_bytes(pieces) if budget > 0 else GraphBytes(0.0, 0.0)
+        regroup = micro_batch is None and objective.can_regroup
+        self.plan, kept, self.rebuilt = lay_out(pieces, size, budget, regroup=regroup)
+        self.trusted = [False] * len(self.rebuilt)
         self.reached = [False] * len(weights.chosen)
-        self.kept = [self._graph(merge(part)) for part in kept]
-        self.unvisited = bool(rebuilt)
+        self.kept = [self._graph(batch) for batch in kept]
+        self.unvisited = bool(self.rebuilt)
+
+    def _graph_bytes(self, pieces: Sequence[Batch]) -> GraphBytes:
+        cache: dict[Any, GraphBytes] = self.objective.__dict__.setdefault("_graph_bytes", {})
+        if self.dtype not in cache:
+
+            def build(batch: Batch) -> Graph:
+                return Graph(self.objective, self.weights, batch, self.dtype)
+
+            own = list(self.weights.tensors().values())
+            cache[self.dtype] = foretell(pieces, build, own, cut=self.objective.can_regroup)
+        return cache[self.dtype]
 
     def _graph(self, batch: Batch, trusted: bool = False) -> Graph:
         graph = Graph(self.objective, self.weights, batch, self.dtype, trusted=trusted)
@@ -226,51 +214,6 @@ class GraphEngine:
         self.unvisited = False
 
 
-def group(
-    pieces: Sequence[Batch], per_sample: float, budget: float, *, regroup: bool
-) -> tuple[list[list[Batch]], list[Batch]]:
-    """Groups of pieces whose graphs are kept within ``budget`` bytes, and the pieces that are left.
-
-    Neighbouring pieces are merged where ``regroup`` allows: fewer graphs make cheaper products. Where not all
-    fit, room is left for the largest graph that is rebuilt.
-    """
-    sizes = [per_sample * sample_count(piece) for piece in pieces]
-    if budget <= 0:
-        return [], list(pieces)
-    room = budget if sum(sizes) <= budget else budget - max(sizes)
-    kept: list[list[Batch]] = []
-    rebuilt: list[Batch] = []
-    for piece, size in zip(pieces, sizes, strict=True):
-        if size > room:
-            rebuilt.append(piece)
-            continue
-        room -= size
-        if regroup and kept and can_merge(kept[-1][-1], piece):
-            kept[-1].append(piece)
-        else:
-            kept.append([piece])
-    return kept, rebuilt
-
-
-def saved_bytes_per_sample(objective: Objective, weights: Weights, piece: Batch, dtype: torch.dtype | None) -> float:
-    """Memory that a kept graph holds for each sample, seen on a small graph built for the purpose."""
-    cache = objective.__dict__.setdefault("_bytes_per_sample", {})
-    if dtype not in cache:
-        few = take(piece, slice(0, 32)) if objective.can_regroup else piece
-        own = {t.untyped_storage().data_ptr() for t in weights.tensors().values()}
-        seen: dict[int, int] = {}
-
-        def pack(tensor: Tensor) -> Tensor:
-            if tensor.layout == torch.strided and tensor.untyped_storage().data_ptr() not in own:
-                seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor.detach()  # a node that held its own output would keep the graph alive for ever
-
-        with saved_tensors_hooks(pack, lambda tensor: tensor):
-            Graph(objective, weights, few, dtype)
-        cache[dtype] = sum(seen.values()) / sample_count(few)
-    return cache[dtype]
-
-
 def _accumulate(products: Sequence[Tensor | None], total: Tensor, views: Sequence[Tensor], *, fresh: bool) -> None:
     """Add a product given by parameter to the flat vector ``total``, or write it there if that is ``fresh``."""
     if fresh and all(p is not None and p.dtype == total.dtype for p in products):
@@ -291,14 +234,18 @@ def _watched_hooks() -> Iterator[list[type]]:
     graph in it. PyTorch has no other sign of it when the checkpointed function is not a module.
     """
     seen: list[type] = []
-    enter = saved_tensors_hooks.__enter__
+    with _WATCHING:
+        enter = saved_tensors_hooks.__enter__
 
-    def watch(hooks: saved_tensors_hooks) -> None:
-        seen.append(type(hooks))
-        enter(hooks)
+        def watch(hooks: saved_tensors_hooks) -> None:
+            seen.append(type(hooks))
+            enter(hooks)
 
-    saved_tensors_hooks.__enter__ = watch  # type: ignore[method-assign]
-    try:
-        yield seen
-    finally:
-        saved_tensors_hooks.__enter__ = enter  # type: ignore[method-assign]
+        saved_tensors_hooks.__enter__ = watch  # type: ignore[method-assign]
+        try:
+            yield seen
+        finally:
+            saved_tensors_hooks.__enter__ = enter  # type: ignore[method-assign]
+
+
+_WATCHING = threading.RLock()

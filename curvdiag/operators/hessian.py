@@ -13,7 +13,8 @@ from curvdiag.errors import ArgumentError, StaleWeightsError
 from curvdiag.objective import Objective
 from curvdiag.operators.base import Cost, SymmetricOperator
 from curvdiag.operators.finite_difference import FiniteDifferenceEngine
-from curvdiag.operators.graphs import GraphEngine, Plan
+from curvdiag.operators.graphs import GraphEngine
+from curvdiag.operators.plan import Plan
 from curvdiag.parameters import Selection
 from curvdiag.weights import Weights
 
@@ -108,6 +109,7 @@ class Hessian(SymmetricOperator):
 
         Raises:
             ParameterError: The selection matches nothing.
+            SecondDerivativeError: Finite differences are not accurate on the block.
         """
         inside = self.parameters.select(selection, [self._weights.chosen[i] for i in self._positions])
         block = copy.copy(self)
@@ -115,6 +117,8 @@ class Hessian(SymmetricOperator):
         block.parameters = self.parameters.subset(inside)
         block.size = block.parameters.size
         block.cost = Cost()
+        if isinstance(self._engine, FiniteDifferenceEngine):
+            self._engine.check(block._positions)
         return block
 
     @property

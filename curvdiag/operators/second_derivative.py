@@ -1,6 +1,7 @@
 """Whether a graph can be differentiated twice, and whether what looks like a zero is one.
 
-PyTorch's own operations either have a right second derivative or raise. What hides one is custom: an
+PyTorch's own operations have a right second derivative or raise, with few exceptions (the fused ``weight_norm``, which
+the sandbox replaces); a wrong one shows as a Hessian that is not symmetric. What hides one is custom: an
 ``autograd.Function`` whose backward pass is not differentiable, reentrant checkpointing, a detached value.
 """
 
@@ -59,7 +60,8 @@ def check_nodes(
                 f"reentrant checkpointing in {_owner(objective, function, rerun)} has no second derivative: use "
                 "torch.utils.checkpoint.checkpoint(..., use_reentrant=False), or method='finite-difference'"
             )
-        if function.backward.__code__.co_filename == torch.autograd.function.__file__:
+        backward = function.backward if function.vjp is torch.autograd.Function.vjp else function.vjp  # its alias
+        if backward.__code__.co_filename == torch.autograd.function.__file__:
             raise SecondDerivativeError(
                 f"{function.__name__} in {_owner(objective, function, rerun)} is marked once-differentiable: {_REMEDY}"
             )
@@ -92,7 +94,7 @@ def check_against_differences(
     except SecondDerivativeError:  # kinks: nothing can be said
         return
     vector = differences.random_vector()
-    truth = differences.product(vector, differences.step)
+    truth = differences.product(vector)
     error = float((product(vector) - truth).norm() / truth.norm().clamp_min(1e-300))
     if error > 0.1:
         raise SecondDerivativeError(
@@ -117,6 +119,27 @@ def missing_derivatives() -> Iterator[None]:
                 "another, or method='finite-difference'"
             ) from error
         raise
+
+
+def check_symmetry(objective: Objective, dtype: torch.dtype | None, product: Callable[[Tensor], Tensor]) -> None:
+    """``u . H v = v . H u`` for random vectors, which a wrong second derivative somewhere breaks.
+
+    Raises:
+        SecondDerivativeError: They differ by far more than rounding explains.
+    """
+    dtype = dtype or objective.dtype
+    size, generator = objective.parameters.size, torch.Generator().manual_seed(1)
+    u, v = (torch.randn(size, generator=generator).to(objective.device, dtype) for _ in range(2))
+    hu, hv = product(u).double(), product(v).double()
+    # For normal vectors |H v| is the Frobenius norm in the mean, and so is u . H v in the root mean square.
+    error = float((u.double() @ hv - v.double() @ hu).abs())
+    scale = float(torch.maximum(hu.norm(), hv.norm()))
+    if error > torch.finfo(dtype).eps ** 0.3 * scale:
+        raise SecondDerivativeError(
+            f"the Hessian is not symmetric (two products that must agree differ by {error / scale:.2g} of its norm): "
+            "an operation of the model or the loss has a wrong second derivative; replace it, or use "
+            "method='finite-difference' where the model is smooth"
+        )
 
 
 def check_truly_zero(
@@ -165,20 +188,35 @@ def _walk(root: Any, seen: set[Any]) -> Iterator[Any]:
 
 
 def _owner(objective: Objective, function: type, rerun: Callable[[], Tensor]) -> str:
-    """The innermost module whose forward pass applies ``function``."""
+    """The innermost module whose forward pass applies ``function``.
+
+    What is new in the graph when a module is entered was made by the one around it; what is new when it is left,
+    by the module itself.
+    """
     seen: set[Any] = set()
+    active = ["the loss"]
     found: list[str] = []
 
-    def look(name: str) -> Callable[..., None]:
-        def hook(module: Any, inputs: Any, outputs: Any) -> None:
-            for tensor in tensors_of(outputs):
-                for node in _walk(tensor.grad_fn, seen):
-                    if isinstance(node, BackwardCFunction) and node._forward_cls is function:  # type: ignore[attr-defined]
-                        found.append(f"the module {name!r}" if name else "the model itself")
+    def credit(tensors: Any) -> None:
+        for tensor in tensors_of(tensors):
+            for node in _walk(tensor.grad_fn, seen):
+                if isinstance(node, BackwardCFunction) and node._forward_cls is function:  # type: ignore[attr-defined]
+                    found.append(active[-1])
+
+    def enter(name: str) -> Callable[..., None]:
+        def hook(module: Any, inputs: Any) -> None:
+            credit(inputs)
+            active.append(f"the module {name!r}" if name else "the model itself")
 
         return hook
 
-    handles = [module.register_forward_hook(look(name)) for name, module in objective.model.named_modules()]
+    def leave(module: Any, inputs: Any, outputs: Any) -> None:
+        credit(outputs)
+        active.pop()
+
+    modules = list(objective.model.named_modules())
+    handles = [module.register_forward_pre_hook(enter(name)) for name, module in modules]
+    handles += [module.register_forward_hook(leave) for _, module in modules]
     try:
         rerun()
     finally:

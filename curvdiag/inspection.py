@@ -1,0 +1,164 @@
+"""What is found out about an objective when it is made: is its loss finite, deterministic, and a mean over what?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from curvdiag.criterion import SUM_REMEDY, Loss
+from curvdiag.data import Batch, can_cut, can_merge, merge, place, sample_count, take
+from curvdiag.errors import LossError, NonFiniteError, NotDeterministicError
+from curvdiag.sandbox import random_fingerprint
+
+
+def inspect_loss(
+    loss: Loss, model: nn.Module, batches: Sequence[Batch], device: torch.device, *, coupled: bool
+) -> None:
+    """Learn the loss from the first batch that counts, and compare it with itself there and with the others.
+
+    To be called in the sandbox, with gradients off.
+
+    Args:
+        coupled: BatchNorm couples the samples of a batch, which therefore cannot be cut.
+
+    Raises:
+        NonFiniteError: The loss is NaN or infinite.
+        NotDeterministicError: It differs between two passes.
+        LossError: It is a sum, or a mean over something unknown.
+    """
+    index = next((i for i, batch in enumerate(batches) if loss.has_weight(batch)), 0)
+    first = place(batches[index], device, None)
+    before = random_fingerprint()
+    one = loss.inspect(model, first)
+    drew = random_fingerprint() != before
+    if not math.isfinite(one):
+        raise NonFiniteError(
+            f"the loss on batch {index} is {one}; there is no curvature at these weights: look for a learning "
+            "rate that is too high, or for bad values in the batch"
+        )
+    value = loss.value(model, first)
+    if abs(one - float(value)) > 100 * torch.finfo(value.dtype).eps * max(abs(one), abs(float(value))):
+        raise NotDeterministicError(
+            f"the same weights and batch gave the losses {one:.8g} and {float(value):.8g}; {_blame(model, drew)}"
+        )
+    others = [i for i, batch in enumerate(batches) if i != index and loss.has_weight(batch)]
+    for i in others:
+        loss.confirm(model, place(batches[i], device, None))
+    if coupled:
+        return
+    if loss.per_sample:
+        _compare_samples(loss, model, first)
+        return
+    for i in [index, *others]:
+        _compare_means(loss, model, place(batches[i], device, None), several=bool(others))
+    if getattr(loss, "weight", None) is None:
+        for i in others:
+            _compare_batches(loss, model, first, place(batches[i], device, None))
+
+
+def _compare_samples(loss: Loss, model: nn.Module, batch: Batch) -> None:
+    """The losses of samples are the same in half a batch; else they are used as one mean from then on."""
+    if sample_count(batch) < 2 or not can_cut(batch):
+        return
+    whole = loss.totals(model, batch)
+    try:
+        apart = torch.cat([loss.totals(model, half) for half in _split(batch, sample_count(batch) // 2)])
+    except (LossError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # the loss takes only batches of this size
+        loss.per_sample = False
+        loss.note = f"the loss cannot be taken of half a batch ({type(error).__name__}: {error})"
+        return
+    if apart.shape != whole.shape or not _close(apart, whole, whole):
+        loss.per_sample = False
+        loss.note = "samples of a batch change each other's losses"
+
+
+def _compare_means(loss: Loss, model: nn.Module, batch: Batch, *, several: bool) -> None:
+    """The mean over a batch is the mean over its parts, weighted as the loss says, and not their sum."""
+    unweighted = several and getattr(loss, "weight", None) is None
+    count = sample_count(batch)
+    if not can_cut(batch) and unweighted:
+        raise LossError(
+            "the loss gives a mean, and the tensors of a batch have different first dimensions, so that nothing "
+            "says how much each batch counts: give weight=, a function of the batch"
+        )
+    if count < 2 or not can_cut(batch):
+        return
+    mean = loss.value(model, batch)
+    sums = []
+    for cut in sorted({count // 2, 1}, reverse=True):  # a coincidence at one cut is none at another
+        halves = _split(batch, cut)
+        try:
+            parts = torch.stack([loss.value(model, half) for half in halves])
+        except (LossError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception:  # the loss takes only batches of this size
+            return
+        weights = torch.stack([loss.counts(half).sum() for half in halves]).to(parts)
+        if _close((weights * parts).sum() / weights.sum(), mean, torch.cat([parts, mean[None]])):
+            if cut > 1 or count <= 3:
+                return
+            continue
+        sums.append(_close(parts.sum(), mean, parts))
+    if sums and all(sums):
+        raise LossError(f"the loss is a sum over samples: {SUM_REMEDY}")
+    if sums and unweighted:
+        raise LossError(_UNKNOWN_WEIGHTS)
+
+
+_UNKNOWN_WEIGHTS = (
+    "the loss is a mean over something other than samples (tokens, say, of which batches hold different numbers), so "
+    "that nothing says how much each batch counts: give Objective.from_loss(..., weight=...) the number of tokens in a "
+    "batch, or return one loss for each sample"
+)
+
+
+def _compare_batches(loss: Loss, model: nn.Module, one: Batch, other: Batch) -> None:
+    """Two batches together have the mean of both, weighted by their samples; padding alike within each hides there."""
+    if not can_merge(one, other):
+        if loss.counts_alike(one, other):
+            return
+        raise LossError(_UNKNOWN_WEIGHTS)
+    try:
+        values = torch.stack([loss.value(model, batch) for batch in (one, other, merge([one, other]))])
+        single = loss.value(model, take(one, slice(0, 1)))  # means that cancel to zero have no scale of their own
+    except (LossError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception:  # the loss takes only batches of this size
+        return
+    weights = torch.stack([loss.counts(batch).sum() for batch in (one, other)]).to(values)
+    if not _close((weights * values[:2]).sum() / weights.sum(), values[2], torch.cat([values, single[None]])):
+        raise LossError(_UNKNOWN_WEIGHTS)
+
+
+def _split(batch: Batch, cut: int) -> tuple[Batch, Batch]:
+    return take(batch, slice(0, cut)), take(batch, slice(cut, sample_count(batch)))
+
+
+def _close(a: Tensor, b: Tensor, scale: Tensor) -> bool:
+    tolerance = max(1e-3, 10 * torch.finfo(b.dtype).eps)
+    return bool((a - b).abs().max() <= tolerance * scale.abs().max())
+
+
+def _blame(model: nn.Module, drew: bool) -> str:
+    active = [name or type(module).__name__ for name, module in model.named_modules() if _dropout(module) > 0]
+    if active:
+        return f"dropout is active in {', '.join(active[:5])}: measure with mode='eval'"
+    if drew:
+        return (
+            "the forward pass draws random numbers: F.dropout without training=self.training, noise or "
+            "augmentation inside the model or the loss; switch it off for the measurement"
+        )
+    return "the forward pass keeps a state of its own, or uses kernels that are not deterministic"
+
+
+def _dropout(module: nn.Module) -> float:
+    """The dropout probability of a module in train mode: a dropout layer's, or a recurrent or attention layer's own."""
+    if not module.training:
+        return 0.0
+    rate = getattr(module, "p" if isinstance(module, nn.modules.dropout._DropoutNd) else "dropout", 0.0)
+    return float(rate) if isinstance(rate, int | float) else 0.0

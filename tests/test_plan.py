@@ -1,0 +1,135 @@
+"""How data are laid out in graphs: as few as fit, within the bytes that were given."""
+
+from __future__ import annotations
+
+import gc
+from itertools import pairwise
+
+import pytest
+import torch
+from nets import make
+from oracles import relative
+from torch import nn
+from torch.nn import functional as F
+
+from curvdiag import Hessian, Objective
+from curvdiag.data import sample_count
+from curvdiag.operators.graphs import Graph
+from curvdiag.operators.plan import GraphBytes, lay_out
+
+
+class Text(nn.Module):
+    """Attention over all positions: memory grows with the square of the length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(16, 8), nn.Linear(8, 5)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embed(tokens)
+        return self.head(((x @ x.transpose(1, 2)).softmax(-1) @ x).mean(1))
+
+
+def text(samples: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randint(16, (samples, length)), torch.randint(5, (samples,))
+
+
+def images(samples: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(samples, 6), torch.randint(3, (samples,))
+
+
+def test_batches_that_alternate_in_length_are_merged_by_length() -> None:
+    torch.manual_seed(0)
+    batches = [text(4, length) for length in (8, 16, 8, 16)]
+    op = Hessian(Objective(Text(), F.cross_entropy, batches))
+    assert op.plan is not None
+    assert sorted(op.plan.kept) == [8, 8]
+    assert op.plan.rebuilt == ()
+
+
+def test_the_longest_text_sets_the_price_of_a_sample() -> None:
+    """Else a plan made from the first, short batch would keep graphs that do not fit."""
+    torch.manual_seed(0)
+    budget = 4_000_000
+    for lengths in ((8, 256, 256), (256, 256, 8)):
+        batches = [text(4, length) for length in lengths]
+        op = Hessian(Objective(Text(), F.cross_entropy, batches), memory=budget)
+        assert op.plan is not None
+        need = sum(n * 256 * 256 * 4 for n in op.plan.kept if n)  # at least one attention matrix for each sample
+        assert op.plan.bytes_kept <= budget
+        assert need <= budget
+
+
+def test_what_belongs_to_the_graph_and_not_to_a_sample_is_counted_once() -> None:
+    """A product of two weight matrices is saved once, however many samples go through it."""
+
+    class Factored(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Parameter(torch.randn(300, 300) / 17), nn.Parameter(torch.randn(300, 3) / 17)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x @ (self.a.tanh() @ self.b)
+
+    torch.manual_seed(0)
+    objective = Objective(Factored(), F.cross_entropy, (torch.randn(2000, 300), torch.randint(3, (2000,))))
+    op = Hessian(objective, memory=20_000_000)
+    assert op.plan is not None
+    assert op.plan.kept == (2000,)
+    assert op.plan.bytes_kept < 10_000_000
+
+
+def test_a_batch_that_does_not_fit_is_kept_in_part() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 64), nn.Tanh(), nn.Linear(64, 3)).double()
+    inputs, targets = images(1024)
+    objective = Objective(model, F.cross_entropy, (inputs.double(), targets))
+    whole = Hessian(objective)
+    assert whole.plan is not None
+    part = Hessian(objective, memory=int(0.6 * whole.plan.bytes_kept))
+    assert part.plan is not None
+    assert 0.3 * 1024 < sum(part.plan.kept) < 1024
+    assert sum(part.plan.kept) + sum(part.plan.rebuilt) == 1024
+    assert max(part.plan.rebuilt) * whole.plan.bytes_kept / 1024 <= 0.3 * part.plan.budget
+    vector = torch.randn(whole.size, dtype=torch.float64)
+    assert relative(part @ vector, whole @ vector) < 1e-12
+
+
+@pytest.mark.parametrize("budget", [1, 100, 1000, 10_000])
+@pytest.mark.parametrize("regroup", [True, False])
+def test_every_sample_is_in_one_graph_and_the_kept_ones_fit(budget: int, regroup: bool) -> None:
+    pieces = [images(n) for n in (32, 32, 7, 1)]
+    size = GraphBytes(20.0, 10.0)
+    plan, kept, rebuilt = lay_out(pieces, size, budget, regroup=regroup)
+    assert sum(map(sample_count, kept)) + sum(map(sample_count, rebuilt)) == 72
+    assert sum(size(sample_count(batch)) for batch in kept) <= budget
+    assert plan.kept == tuple(map(sample_count, kept))
+    rows = torch.cat([batch[0] for batch in (*kept, *rebuilt)])
+    assert sorted(rows[:, 0].tolist()) == sorted(torch.cat([piece[0] for piece in pieces])[:, 0].tolist())
+
+
+def test_more_memory_never_keeps_less() -> None:
+    pieces = [images(n) for n in (32, 32, 7, 1)]
+    kept = [sum(lay_out(pieces, GraphBytes(20.0, 10.0), b, regroup=True)[0].kept) for b in range(0, 1000, 10)]
+    assert all(later >= earlier for earlier, later in pairwise(kept))
+    assert kept[-1] == 72
+
+
+def test_one_rebuilt_graph_is_alive_at_a_time() -> None:
+    model, batch = make("mlp-tanh")
+    op = Hessian(Objective(model, F.cross_entropy, batch), memory=0, micro_batch=2)
+    alive: list[int] = []
+    build = Graph._build
+
+    def counting(graph: Graph, live: object) -> None:
+        alive.append(sum(isinstance(o, Graph) and hasattr(o, "edges") for o in gc.get_objects()))
+        build(graph, live)  # type: ignore[arg-type]
+
+    try:
+        Graph._build = counting  # type: ignore[method-assign,assignment]
+        gc.collect()
+        op @ torch.ones(op.size, dtype=op.dtype)
+    finally:
+        Graph._build = build  # type: ignore[method-assign]
+    assert len(alive) > 2
+    assert max(alive) == 0
