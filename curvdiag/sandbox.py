@@ -50,7 +50,8 @@ def sandbox(model: nn.Module, mode: Mode, device: torch.device, *, twice: bool) 
         stack.enter_context(_eager())
         if twice:
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            stack.enter_context(_PlainWeightNorm())
+            if any(name.endswith(("_g", ".original0")) for name, _ in model.named_parameters()):
+                stack.enter_context(_PlainWeightNorm())
             if device.type == "cuda" and any(isinstance(m, nn.RNNBase) for m in model.modules()):
                 stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         stack.enter_context(_attributes(model))

@@ -238,3 +238,27 @@ def test_memory_of_an_operator_is_given_back():
         assert gone() is None, "the operator is in a reference cycle: its graphs stay until the collector runs"
     finally:
         gc.enable()
+
+
+def test_lists_and_dicts_that_a_forward_pass_fills_are_restored():
+    class Logging(nn.Linear):
+        def __init__(self):
+            super().__init__(4, 3)
+            self.seen, self.last = [], {}
+
+        def forward(self, x):
+            y = super().forward(x)
+            self.seen.append(y)
+            self.last["y"] = y
+            return y
+
+    model = Logging()
+    seen, last = model.seen, model.last
+    model(torch.randn(2, 4))
+    kept = seen[0]
+    Hessian(Objective(model, F.cross_entropy, (torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])))).dense()
+    assert model.seen is seen
+    assert model.last is last
+    assert len(seen) == 1
+    assert seen[0] is kept
+    assert last == {"y": kept}

@@ -252,3 +252,39 @@ def test_an_in_place_or_detached_path_is_right():
 
     truth = dense_hessian(model, lambda m: criterion(m(x), None).mean())
     assert relative(Hessian(Objective(model, criterion, (x, x))).dense(), truth) < 1e-10
+
+
+class SquareByVjp(torch.autograd.Function):
+    """A right function whose derivative has PyTorch's other name."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def vjp(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return 2 * x * grad
+
+
+class Body(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.enc, self.dec, self.function = nn.Linear(4, 4).double(), nn.Linear(4, 3).double(), function
+
+    def forward(self, x):
+        return self.dec(self.function.apply(self.enc(x)))
+
+
+def test_a_derivative_called_vjp_is_no_false_alarm():
+    model, (x, y) = Body(SquareByVjp), make("mlp-tanh")[1]
+    with pytest.warns(CurvdiagWarning, match="SquareByVjp"):
+        op = Hessian(Objective(model, F.cross_entropy, (x, y)))
+    assert relative(op.dense(), dense_hessian(model, criterion_loss(F.cross_entropy, (x, y)))) < 1e-10
+
+
+def test_a_function_between_two_modules_belongs_to_the_one_around_them():
+    model = nn.Sequential(nn.Identity(), Body(OnceCube))
+    with pytest.raises(SecondDerivativeError, match="the module '1' "):
+        Hessian(Objective(model, F.cross_entropy, make("mlp-tanh")[1]))

@@ -36,7 +36,7 @@ class CurvatureMonitor:
         monitor.attach(optimizer)  # measures after optimizer.step(); the loop stays as it was
 
     Training ends with the same bits as without the monitor. A measurement that fails is recorded and warned about
-    once, and training goes on.
+    once, and training goes on. Forward hooks of the model run during measurements too, since layers may need them.
 
     ============================================  =================================================================
     key                                           what
