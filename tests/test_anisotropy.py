@@ -11,7 +11,7 @@ import torch
 from matrices import Foreign, heavy_tailed, with_spectrum
 
 from curvdiag.errors import ArgumentError, NonFiniteError
-from curvdiag.spectrum import MEASURES, anisotropy, spectral_density, top_eigenpairs
+from curvdiag.spectrum import MEASURES, Eigenpairs, anisotropy, spectral_density, top_eigenpairs
 
 
 def by_definition(values):
@@ -112,6 +112,55 @@ def test_eigenpairs_sharpen_a_density():
     joined = anisotropy(density, top_eigenpairs(matrix, 5, tol=1e-6))
     assert joined.top_ratio.value == pytest.approx(float(heavy_tailed(200)[0] / heavy_tailed(200)[4]), rel=1e-6)
     assert joined.matvecs == 0
+
+
+def made_pairs(values, which="LA", converged=True):
+    values = torch.tensor(values, dtype=torch.float64)
+    done = torch.full((len(values),), converged)
+    return Eigenpairs(values, torch.eye(200, len(values)), torch.zeros(len(values)), done, 9, which)
+
+
+def test_lambda_max_is_the_larger_of_pairs_and_density():
+    matrix, _ = with_spectrum(heavy_tailed(200))
+    density = spectral_density(matrix, steps=30)
+    assert density.lambda_max == pytest.approx(50, rel=1e-9)
+    # A pair that stopped early lies below what the density knows.
+    late = anisotropy(density, made_pairs([40.0, 30.0, 20.0, 15.0, 10.0], converged=False))
+    assert late.stable_rank.value == pytest.approx(anisotropy(density).stable_rank.value, rel=1e-9)
+    early = anisotropy(spectral_density(matrix, steps=2), made_pairs([50.0]))
+    assert early.intrinsic_dimension.value < anisotropy(spectral_density(matrix, steps=2)).intrinsic_dimension.value
+
+
+def test_pairs_that_have_not_converged_give_no_exact_ratio():
+    matrix, _ = with_spectrum(heavy_tailed(200))
+    density = spectral_density(matrix, steps=30)
+    pairs = top_eigenpairs(matrix, 5, tol=1e-6, max_matvecs=8)
+    assert not pairs.converged.all()
+    result = anisotropy(density, pairs)
+    assert math.isnan(result.top_ratio.value)
+    assert "not converged" in result.reasons["top_ratio"]
+
+
+def test_only_pairs_that_are_the_largest_serve():
+    values = torch.cat([torch.linspace(50, 20, 7), torch.tensor([-60.0, -45.0, -30.0]), 0.01 * torch.ones(190)])
+    matrix, _ = with_spectrum(values)
+    density = spectral_density(matrix, steps=20)
+    ratio = float(values[0] / values[4])
+    for which, k, known in (("LA", 5, 5), ("LM", 8, 5), ("LM", 6, 4), ("BE", 9, 5), ("BE", 8, 4)):
+        result = anisotropy(density, top_eigenpairs(matrix, k, which=which, tol=1e-6))
+        if known == 5:
+            assert result.top_ratio.value == pytest.approx(ratio, rel=1e-6), which
+        else:
+            assert f"{known} are known" in result.reasons["top_ratio"], which
+    # All of the smallest would fill the place of the largest.
+    with pytest.raises(ArgumentError, match="smallest"):
+        anisotropy(density, top_eigenpairs(matrix, 5, which="SA"))
+
+
+@pytest.mark.parametrize("width", [0, 0.0, -1.0, math.nan, math.inf])
+def test_a_width_that_is_not_positive_is_refused(width):
+    with pytest.raises(ArgumentError, match="width"):
+        anisotropy(np.arange(9.0), width=width)
 
 
 def test_the_condition_number_is_that_of_a_positive_definite_matrix_only():

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import matplotlib.image
 import numpy as np
@@ -62,10 +64,10 @@ def test_each_picture_is_drawn_while_the_run_is_written(live: Path, kind: str, t
     assert not list(tmp_path.glob("*.part"))
 
 
-@pytest.mark.parametrize("ending", ["pdf", "svg"])
+@pytest.mark.parametrize("ending", ["pdf", "svg", "PNG"])
 def test_the_ending_of_the_name_says_the_format(live: Path, ending: str, tmp_path: Path) -> None:
     assert curvdiag("plot", live, "heatmap", "-o", tmp_path / f"out.{ending}") == 0
-    assert ending.encode() in (tmp_path / f"out.{ending}").read_bytes()[:500].lower()
+    assert ending.lower().encode() in (tmp_path / f"out.{ending}").read_bytes()[:500].lower()
 
 
 def test_without_a_name_the_picture_lies_beside_the_run_file(live: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -111,6 +113,38 @@ def test_the_run_and_the_scalars_asked_for_are_drawn(live: Path, monkeypatch: py
     assert drawn[1].values.tolist() == [1, 10, 100]
 
 
+@pytest.mark.parametrize("kind", ["heatmap", "density", "scalars"])
+def test_a_run_begun_meanwhile_does_not_lend_its_numbers_to_another_runs_picture(
+    live: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from curvdiag import plotting
+
+    plot = importlib.import_module("curvdiag.cli.plot")  # the package's own name for it is the command
+    run, save = RunStore.run, plot.save
+    drawn: list[Any] = []
+    titles: list[str] = []
+
+    def found_and_overtaken(store: RunStore, key: Any = None) -> Any:
+        info = run(store, key)
+        with RunStore(live) as writer:
+            writer.new_run("third").record(100, {"curv/hessian/lambda_max": -9.0}, {("hessian", ""): density(7)})
+        return info
+
+    monkeypatch.setattr(RunStore, "run", found_and_overtaken)
+    function = getattr(plotting, kind)
+    monkeypatch.setattr(plotting, kind, lambda one, *a, **k: (drawn.append(one), function(one, *a, **k))[1])
+    monkeypatch.setattr(
+        plot, "save", lambda figure, path: (titles.append(figure.axes[0].get_title()), save(figure, path))[1]
+    )
+    assert curvdiag("plot", live, kind) == 0
+    assert "second" in titles[0]
+    if kind == "scalars":
+        assert drawn[0].values.tolist() == [2, 11, 101]
+    else:
+        last = drawn[0] if kind == "density" else drawn[0].densities[-1]
+        np.testing.assert_array_equal(last.nodes, density(100).nodes)
+
+
 def test_runs_are_listed(live: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert curvdiag("runs", live) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -125,6 +159,8 @@ def test_a_run_is_exported(live: Path, tmp_path: Path) -> None:
         rows = list(csv.DictReader(file))
     assert {row["run_name"] for row in rows} == {"first"}
     assert len(rows) == 4 * len(STEPS)
+    assert curvdiag("export", live, "-o", tmp_path / "b.CSV", "--run", "first") == 0
+    assert (tmp_path / "b.CSV").read_bytes() == (tmp_path / "a.csv").read_bytes()
     assert curvdiag("export", live, "-o", tmp_path / "a.npz") == 0
     with np.load(tmp_path / "a.npz") as arrays:
         np.testing.assert_array_equal(arrays["densities/hessian//nodes"][1], density(10).nodes)

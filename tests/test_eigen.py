@@ -76,6 +76,43 @@ def test_nine_fold_eigenvalues_are_found_with_their_copies(dtype, k):
         np.testing.assert_allclose(pairs.values, values[:k], rtol=1e-4)
 
 
+@pytest.mark.parametrize("tol", [1e-6, 1e-3])
+@pytest.mark.parametrize("which", ["LA", "SA", "LM", "BE"])
+def test_copies_are_found_whatever_the_spectrum(which, tol):
+    missed = 0
+    for seed in range(30):
+        generator = torch.Generator().manual_seed(seed)
+        draw = torch.rand if seed % 2 else torch.randn
+        values = draw(20, generator=generator, dtype=torch.float64).repeat_interleave(3)
+        matrix, _ = with_spectrum(values, seed)
+        pairs = top_eigenpairs(matrix, 5, which=which, tol=tol, seed=seed, basis_size=26 if seed % 3 else None)
+        assert pairs.converged.all()
+        error = (pairs.values.sort().values - expected(values, which, 5).sort().values).abs().max()
+        missed += bool(error > 0.02 * values.abs().max())
+    assert missed == 0  # the check promises at most one in a hundred looks
+
+
+def test_at_most_one_look_in_a_hundred_misses_what_lies_further_out():
+    # A start vector that is an eigenvector converges at once and sees nothing else: all depends on one look.
+    size, missed = 120, {}
+    for name, bulk in (("tail", heavy_tailed(size, 20) / 10), ("flat", torch.rand(size, dtype=torch.float64))):
+        for hidden in (1.5, 3.0, 100.0):
+            values = torch.cat([torch.tensor([hidden, 1.3], dtype=torch.float64), bulk.clamp(max=1)[:-2]])
+            matrix, start = torch.diag(values), torch.eye(size, dtype=torch.float64)[1]
+            found = [top_eigenpairs(matrix, 1, start=start, tol=1e-2, seed=seed).values for seed in range(200)]
+            missed[name, hidden] = sum(float(value) < 0.98 * hidden for value in found)
+    assert max(missed.values()) <= 2, missed
+
+
+@pytest.mark.parametrize("which", ["LA", "SA", "LM", "BE"])
+def test_a_small_matrix_takes_no_more_products_than_its_order(which):
+    matrix, _ = with_spectrum(heavy_tailed(47))
+    pairs = top_eigenpairs(matrix, 2, which=which, tol=1e-8)
+    assert pairs.converged.all()
+    assert pairs.matvecs <= 47
+    np.testing.assert_allclose(pairs.values, expected(heavy_tailed(47), which, 2), atol=1e-9)
+
+
 def test_without_the_check_copies_are_missed():
     values = (10 * torch.logspace(0, -4, 30, dtype=torch.float64)).repeat_interleave(9)
     matrix, _ = with_spectrum(values)
@@ -184,8 +221,16 @@ def test_power_iteration_agrees_with_lapack_and_says_when_it_does_not_converge()
 
 def test_a_result_leaves_its_vectors_out_of_json_and_prints_its_state():
     pairs = top_eigenpairs(torch.eye(4), 2)
-    assert set(pairs.to_dict()) == {"values", "residuals", "converged", "matvecs"}
+    assert set(pairs.to_dict()) == {"values", "residuals", "converged", "matvecs", "which"}
     assert "2 eigenpairs" in str(pairs)
+
+
+def test_a_result_says_which_pairs_it_holds():
+    for which in ("LA", "SA", "LM", "BE"):
+        pairs = top_eigenpairs(torch.eye(4), 2, which=which)
+        assert pairs.which == pairs.to_dict()["which"] == which
+        assert which in str(pairs)
+    assert power_iteration(torch.eye(4)).which == "LM"
 
 
 def test_bad_arguments_and_products_are_named():

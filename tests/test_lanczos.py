@@ -13,7 +13,7 @@ from scipy.sparse.linalg import aslinearoperator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from curvdiag.errors import ArgumentError, NonFiniteError, TooLargeError
-from curvdiag.spectrum.lanczos import lanczos, row_dots
+from curvdiag.spectrum.lanczos import lanczos, largest_weight, row_dots
 from curvdiag.spectrum.probes import gaussian, rademacher
 
 POLICIES = ("none", "partial", "full")
@@ -243,3 +243,18 @@ def test_without_reorthogonalisation_memory_is_a_few_vectors_whatever_the_steps(
     with Follow():
         lanczos(Diagonal(), starts, 12)
     assert 3 <= peak <= 7  # start, three vectors, and what the product itself needs
+
+
+def test_no_eigenvalue_weighs_more_than_the_coefficients_allow():
+    values = torch.tensor([9.0, 4.0, 3.5, 1.0, 0.2, 0.0, -1.0, -2.5], dtype=torch.float64)
+    start = gaussian(1, 8, seed=3, dtype=torch.float64)
+    weights = (start[0] ** 2 / start.square().sum()).tolist()
+    run = lanczos(torch.diag(values), start, 7, reorthogonalize="full")
+    alphas, betas = run.alphas[0].tolist(), run.betas[0].tolist()
+    for steps in range(1, 8):
+        bounds = [largest_weight(alphas[:steps], betas[:steps], value) for value in values.tolist()]
+        assert all(weight <= bound * (1 + 1e-9) for weight, bound in zip(weights, bounds, strict=True))
+        further = [largest_weight(alphas[:steps], betas[:steps], 9.0 + step) for step in range(5)]
+        assert further == sorted(further, reverse=True)
+    # One step short of the order, the moments leave no freedom at an eigenvalue.
+    np.testing.assert_allclose(bounds, weights, rtol=1e-8)

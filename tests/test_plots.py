@@ -26,6 +26,8 @@ from curvdiag.plotting.eigenvalue_axis import choose_axis
 from curvdiag.plotting.heatmap import cell_edges, ink_map
 from curvdiag.plotting.style import LINES
 from curvdiag.record import DensitySeries, Series
+from curvdiag.spectrum import MEASURES
+from curvdiag.spectrum import anisotropy as measure
 from curvdiag.spectrum.density import SpectralDensity
 
 OUTLIERS = np.array([300.0, 150.0, 70.0])
@@ -287,6 +289,49 @@ def test_an_estimate_is_drawn_with_its_interval() -> None:
     np.testing.assert_allclose(segment[:, 1], scalar_one.interval())
 
 
+def rows_of(ax: Axes) -> dict[str, tuple[str, float | None]]:
+    """The figure's rows: label -> (value in figures, place of the dot)."""
+    dots = {int(line.get_ydata()[0]): float(line.get_xdata()[0]) for line in ax.lines if line.get_marker() == "o"}
+    texts = {int(text.get_position()[1]): text.get_text() for text in ax.texts}
+    labels = [label.get_text() for label in ax.get_yticklabels()]
+    assert set(texts) == set(range(len(labels)))
+    return {label: (texts[row], dots.get(row)) for row, label in enumerate(labels)}
+
+
+def test_every_measure_of_anisotropy_has_its_row_and_what_is_unknown_a_dash() -> None:
+    density = of_eigenvalues(np.concatenate([bulk(), OUTLIERS]))
+    density.nodes[0, :900] *= 1.1  # so that the probes differ
+    result = measure(density)
+    ax = result.plot(new_axes())
+    assert ax.get_xscale() == "log"
+    rows = rows_of(ax)
+    assert list(rows) == [name.replace("_", " ") for name in MEASURES]
+    for name, estimate in result.measures.items():
+        text, dot = rows[name.replace("_", " ")]
+        if math.isnan(estimate.value):
+            assert (text, dot) == ("-", None)
+        else:
+            assert dot == estimate.value
+            assert float(text) == pytest.approx(estimate.value, rel=5e-3)
+    assert {rows["top ratio"], rows["condition number"]} == {("-", None)}
+    bars = {round(s[0, 1]): s[:, 0] for c in ax.collections for s in c.get_segments()}
+    row = list(MEASURES).index("effective_rank")
+    np.testing.assert_allclose(bars[row], result.effective_rank.interval())
+
+
+def test_measures_that_no_logarithmic_axis_can_hold_are_given_in_figures() -> None:
+    flat = rows_of(measure(np.full(20, 3.0)).plot(new_axes()))
+    assert flat["negative mass"] == ("0", None)
+    assert flat["stable rank"] == ("20", pytest.approx(20.0))
+    zero = rows_of(measure(np.zeros(5)).plot(new_axes()))
+    assert set(zero.values()) == {("-", None)}
+    wide = SimpleNamespace(measures={"a": Estimate(1.0, 1.0, 4), "b": Estimate(2.0, 1.0, 2)}, size=9)
+    ax = plotting.anisotropy(wide, new_axes())  # type: ignore[arg-type]
+    (bar,) = [s for c in ax.collections for s in c.get_segments()]
+    assert bar[0, 0] == pytest.approx(ax.get_xlim()[0])
+    assert bar[1, 0] == pytest.approx(Estimate(1.0, 1.0, 4).interval()[1])
+
+
 # What holds for all
 
 
@@ -296,6 +341,7 @@ def draw_all(ax: Axes | None) -> Iterator[Axes]:
     yield scalar().plot(ax)
     yield plotting.eigenpairs(some_eigenpairs(), ax)
     yield Estimate(5.0, 1.0, 4).plot(ax)
+    yield measure(heavy()).plot(ax)
 
 
 def test_no_function_changes_a_global_setting_or_touches_pyplot_when_it_is_given_axes() -> None:
@@ -328,7 +374,7 @@ def test_colours_keep_their_order_in_black_and_white() -> None:
 
 
 @pytest.mark.parametrize(
-    "which", ["density", "density linear", "heatmap", "heatmap linear", "scalars", "many outliers"]
+    "which", ["density", "density linear", "heatmap", "heatmap linear", "scalars", "many outliers", "anisotropy"]
 )
 def test_no_text_lies_over_another(which: str) -> None:
     ax = new_axes(5.0, 3.2)
@@ -339,6 +385,8 @@ def test_no_text_lies_over_another(which: str) -> None:
         plotting.scalars([scalar("curv/hessian/trace", [1.0, 1e4, 3e5]), scalar("b")], ax)
     elif which == "many outliers":
         plotting.density(of_eigenvalues(np.concatenate([bulk(), np.geomspace(10, 1000, 60)])), ax)
+    elif which == "anisotropy":
+        plotting.anisotropy(measure(heavy()), ax, title="Anisotropy of the Hessian")
     else:
         plotting.density(heavy(), ax, scale="linear" if "linear" in which else "auto", operator="Hessian", title="t")
     figure = ax.figure

@@ -28,8 +28,9 @@ def export(
     from curvdiag.errors import ArgumentError
     from curvdiag.record import RunStore
 
-    if output.suffix not in (".csv", ".npz"):
+    ending = output.suffix.lower()
+    if ending not in (".csv", ".npz"):
         raise ArgumentError(f"cannot tell from {output.name!r} what to write: the name ends in .csv or .npz")
     with RunStore(file, readonly=True) as store:
-        write = store.export_csv if output.suffix == ".csv" else store.export_npz
+        write = store.export_csv if ending == ".csv" else store.export_npz
         typer.echo(f"wrote {write(output, run)}")

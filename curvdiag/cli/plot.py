@@ -85,14 +85,14 @@ def plot(
     from curvdiag.record import RunStore
 
     with RunStore(file, readonly=True) as store:
-        info = store.run(run)
+        info = store.run(run)  # once: the latest run may be another one a moment later
         name = info.name if info.name.startswith("run") else f"run {info.name}"
         if kind is Kind.heatmap:
-            figure, tail = heatmap_figure(store, run, operator, block, time, scale)
+            figure, tail = heatmap_figure(store, info.id, operator, block, time, scale)
         elif kind is Kind.density:
-            figure, tail = density_figure(store, run, operator, block, step, scale)
+            figure, tail = density_figure(store, info.id, operator, block, step, scale)
         else:
-            figure, tail = scalars_figure(store, run, names, time)
+            figure, tail = scalars_figure(store, info.id, names, time)
     target = output if output is not None else file.with_name(f"{file.stem}-{tail}.png")
     title = figure.axes[0].get_title()
     figure.axes[0].set_title(f"{title}, {name}" if title else name)
@@ -100,7 +100,7 @@ def plot(
 
 
 def heatmap_figure(
-    store: RunStore, run: str | None, operator: str, block: str, time: Time, scale: Scale
+    store: RunStore, run: int, operator: str, block: str, time: Time, scale: Scale
 ) -> tuple[Figure, str]:
     from curvdiag import plotting
 
@@ -111,7 +111,7 @@ def heatmap_figure(
 
 
 def density_figure(
-    store: RunStore, run: str | None, operator: str, block: str, step: int | None, scale: Scale
+    store: RunStore, run: int, operator: str, block: str, step: int | None, scale: Scale
 ) -> tuple[Figure, str]:
     from curvdiag import plotting
     from curvdiag.plotting.style import operator_label
@@ -132,7 +132,7 @@ def density_figure(
     return figure, file_part("density", operator, block, f"step{nearest}")
 
 
-def scalars_figure(store: RunStore, run: str | None, names: Sequence[str] | None, time: Time) -> tuple[Figure, str]:
+def scalars_figure(store: RunStore, run: int, names: Sequence[str] | None, time: Time) -> tuple[Figure, str]:
     from curvdiag import plotting
 
     chosen = choose_names(store.scalar_names(run), names or ())

@@ -6,10 +6,11 @@ global setting. Colours are distinct to colour-blind readers, and every differen
 lightness, line style or marker, so that a black-and-white print keeps it.
 """
 
+from curvdiag.plotting.anisotropy import anisotropy
 from curvdiag.plotting.density import density
 from curvdiag.plotting.eigenpairs import eigenpairs
 from curvdiag.plotting.estimate import estimate
 from curvdiag.plotting.heatmap import heatmap
 from curvdiag.plotting.scalars import scalars
 
-__all__ = ["density", "eigenpairs", "estimate", "heatmap", "scalars"]
+__all__ = ["anisotropy", "density", "eigenpairs", "estimate", "heatmap", "scalars"]

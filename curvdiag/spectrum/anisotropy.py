@@ -151,9 +151,10 @@ def anisotropy(
         source: A :class:`SpectralDensity`; or all eigenvalues as a one-dimensional array or tensor, for exact values;
             or any square symmetric object with ``shape`` and ``@``, whose density and top five eigenpairs are then
             computed.
-        eigenpairs: The largest eigenpairs (``which="LA"``) of the same matrix, where ``source`` is a density: they
-            sharpen ``lambda_max``, and five of them give ``top_ratio``.
-        width: Kernel width for the bulk edge; the density's default width if not given.
+        eigenpairs: Eigenpairs of the same matrix, where ``source`` is a density: they sharpen ``lambda_max``, and the
+            five largest, once converged, give ``top_ratio``. Of ``which="LM"`` those that are not negative serve,
+            of ``"BE"`` those of the upper end: no eigenvalue left out exceeds them.
+        width: Kernel width for the bulk edge, positive; the density's default width if not given.
         steps: Lanczos steps of the density, where ``source`` is a matrix.
         probes: Its probes. At least 2 for standard errors, 3 for intervals.
         tol: Tolerance of the eigenpairs, where ``source`` is a matrix.
@@ -161,15 +162,20 @@ def anisotropy(
         progress: Called with (products done, products planned) for the density.
 
     Raises:
-        ArgumentError: ``source`` is none of these, or empty.
+        ArgumentError: ``source`` is none of these, or empty; ``width`` is not positive; the eigenpairs are the
+            smallest, which say nothing about the largest.
         NonFiniteError: The eigenvalues or the products hold NaN or infinite numbers.
     """
+    if width is not None and not (width > 0 and math.isfinite(width)):
+        raise ArgumentError(f"the width of the kernel is a positive number, not {width}")
     spent = 0
     if isinstance(source, SpectralDensity):
-        density, tops, exact = source, _top_values(eigenpairs), False
+        density, exact = source, False
+        tops, settled = _largest(eigenpairs)
     elif getattr(source, "ndim", None) == 1 or isinstance(source, list | tuple):
         density, exact = _exact_density(source), True
         tops = np.sort(density.nodes[0])[::-1]
+        settled = np.ones(len(tops), dtype=bool)
     else:
         linear_map(source)
         seed = resolve_seed(seed)
@@ -178,11 +184,15 @@ def anisotropy(
             eigenpairs = top_eigenpairs(source, 5, tol=tol, seed=seed)
             spent = eigenpairs.matvecs
         spent += density.matvecs
-        tops, exact = _top_values(eigenpairs), False
-    return _measure(density, tops, exact, width or density.default_width(), spent)
+        exact = False
+        tops, settled = _largest(eigenpairs)
+    return _measure(density, tops, settled, exact, density.default_width() if width is None else width, spent)
 
 
-def _measure(density: SpectralDensity, tops: np.ndarray, exact: bool, width: float, spent: int) -> Anisotropy:
+def _measure(
+    density: SpectralDensity, tops: np.ndarray, settled: np.ndarray, exact: bool, width: float, spent: int
+) -> Anisotropy:
+    """The measures from a density and the ``tops`` largest eigenvalues, of which ``settled`` have converged."""
     reasons: dict[str, str] = {}
     size = density.size
     points = _edge_grid(density, width)
@@ -203,7 +213,7 @@ def _measure(density: SpectralDensity, tops: np.ndarray, exact: bool, width: flo
         mean = {name: values[chosen].mean(axis=0) for name, values in rows.items()}
         low, high = float(rows["low"][chosen].min()), float(rows["high"][chosen].max())
         if len(tops):
-            high = float(tops[0])
+            high = max(high, float(tops[0]))  # every Ritz value is a bound from below, whoever found it
         norm = max(abs(low), abs(high))
         within = points[(mean["curve"] >= 1 / size) & (points <= high)]
         edge = min(float(within[-1]), high) if len(within) else math.nan
@@ -232,6 +242,8 @@ def _measure(density: SpectralDensity, tops: np.ndarray, exact: bool, width: flo
     estimates["top_ratio"] = UNKNOWN
     if len(tops) < 5:
         reasons["top_ratio"] = f"needs the five largest eigenvalues, and {len(tops)} are known"
+    elif not settled[:5].all():
+        reasons["top_ratio"] = f"{int((~settled[:5]).sum())} of the five largest eigenvalues have not converged"
     elif tops[4] <= 0:
         reasons["top_ratio"] = "the fifth largest eigenvalue is not positive"
     else:
@@ -277,10 +289,24 @@ def _jackknife(without: list[float]) -> float:
     return math.sqrt((n - 1) / n * float(np.sum((np.asarray(without) - np.mean(without)) ** 2))) if n else math.nan
 
 
-def _top_values(pairs: Eigenpairs | None) -> np.ndarray:
+def _largest(pairs: Eigenpairs | None) -> tuple[np.ndarray, np.ndarray]:
+    """Those of the values that no eigenvalue left out exceeds, descending, and which of them have converged."""
     if pairs is None:
-        return np.empty(0)
-    return np.sort(pairs.values.detach().cpu().double().numpy())[::-1]
+        return np.empty(0), np.empty(0, dtype=bool)
+    if pairs.which == "SA":
+        raise ArgumentError(
+            'the measures need the largest eigenvalues, and pairs with which="SA" are the smallest; pass those of '
+            "top_eigenpairs(op, 5), or none"
+        )
+    values = pairs.values.detach().cpu().double().numpy()
+    settled = pairs.converged.detach().cpu().numpy().astype(bool)
+    if pairs.which == "LM":
+        # What was left out is smaller in magnitude than each of these; a negative one says nothing about the top.
+        serve = values >= 0
+    else:
+        serve = np.arange(len(values)) < (len(values) - len(values) // 2 if pairs.which == "BE" else len(values))
+    order = np.argsort(-values[serve], kind="stable")
+    return values[serve][order], settled[serve][order]
 
 
 def _exact_density(values: Any) -> SpectralDensity:

@@ -18,13 +18,16 @@ from curvdiag.memory import free_bytes
 from curvdiag.operators.base import LinearMap, linear_map
 from curvdiag.results import Result
 from curvdiag.spectrum.krylov import Subspace
-from curvdiag.spectrum.lanczos import NON_FINITE, Progress, product, row_dots, working_dtype
+from curvdiag.spectrum.lanczos import NON_FINITE, Progress, largest_weight, product, row_dots, working_dtype
 from curvdiag.spectrum.probes import Seed, gaussian, resolve_seed
 
 Which = Literal["LA", "SA", "LM", "BE"]
 
-# Lanczos steps that a fresh vector gets to show what was missed: at first, and once there is reason for more.
-SHORT_LOOK, LONG_LOOK = 3, 16
+# A look for missed pairs ends when one would have escaped it with at most this probability, or after so many steps.
+CHANCE, LOOK = 1e-2, 16
+# Up to this order, and where the products allow it, the basis may span the whole space: it is small, and so are
+# the eigenproblems of its projected matrix.
+SMALL = 300
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class Eigenpairs(Result):
         residuals: ``||H v - lambda v||`` ``[k]``, absolute. The matrix has an eigenvalue within that distance.
         converged: Which residuals ``[k]`` met the tolerance.
         matvecs: Products made.
+        which: Which pairs they are, as in :func:`top_eigenpairs`; ``"LM"`` from :func:`power_iteration`.
     """
 
     values: Tensor
@@ -45,6 +49,7 @@ class Eigenpairs(Result):
     residuals: Tensor
     converged: Tensor
     matvecs: int
+    which: Which = "LA"
 
     figure = "eigenpairs"
 
@@ -61,7 +66,7 @@ class Eigenpairs(Result):
                 self.values.tolist(), self.residuals.tolist(), self.converged.tolist(), strict=True
             )
         ]
-        return "\n".join([f"{len(lines)} eigenpairs from {self.matvecs} products", *lines])
+        return "\n".join([f"{len(lines)} eigenpairs ({self.which}) from {self.matvecs} products", *lines])
 
 
 def top_eigenpairs(
@@ -80,10 +85,11 @@ def top_eigenpairs(
     """Extreme eigenpairs by thick-restart Lanczos with full orthogonalisation.
 
     A Krylov space sees of each eigenspace only the one direction that its start vector has there, and nothing
-    that its start vector is orthogonal to. So, once the pairs have converged, a fresh random vector orthogonal
-    to all that was found is given a few steps of its own, and whatever belongs among the wanted pairs joins
-    them. The check is a probabilistic one: an eigenvalue that is small beside the largest, or hardly beyond the
-    last wanted one, can escape it. A tighter ``tol`` leaves less to miss.
+    that its start vector is orthogonal to. So, once the pairs have converged, a random vector outside all that was
+    found begins a Lanczos run of its own, and whatever belongs among the wanted pairs joins them. The run goes on
+    until an eigenvalue further out than the last wanted one, by ``tol`` times the largest, could have stayed hidden
+    only if the random vector had next to nothing of its eigenvector, as at most one in a hundred has; or for sixteen
+    steps where the wanted pairs stand too close to the others for that, and then one hardly further out can escape.
 
     Args:
         op: Any square symmetric object with ``shape`` and ``@``.
@@ -96,11 +102,12 @@ def top_eigenpairs(
             Several are added up: a Krylov space of their sum holds all of them, at fewer products than a block.
         seed: For the random start, and the random vectors of the check.
         check_multiplicity: ``"auto"`` looks for missed pairs where they can matter: for ``k > 1``, and after a warm
-            start; a single extreme value from a random start has the right value whatever its multiplicity. The
-            check costs three products where nothing was missed; it is thorough once something was: then, and always
-            with True, it costs about as much as one more eigenpair. False never looks.
+            start; a single extreme value from a random start has the right value whatever its multiplicity. Where
+            the wanted pairs stand clear of the others a look costs three or four products, where they do not up to
+            sixteen, and it is repeated after each find. True always looks, False never.
         basis_size: Vectors of size ``P`` at which to restart; by default ``2 k + 16``, at least 24, or what
-            half of the free memory holds.
+            half of the free memory holds. A matrix of order up to 300 that ``max_matvecs`` could exhaust needs no
+            restart.
         max_matvecs: Most products, by default ``100 + 20 k``. Pairs that have not converged by then are returned
             and flagged.
         progress: Called with (pairs converged, pairs wanted) after each product.
@@ -118,7 +125,7 @@ def top_eigenpairs(
     limit = 100 + 20 * k if max_matvecs is None else _positive("max_matvecs", max_matvecs)
     if limit < k:
         raise ArgumentError(f"{k} eigenpairs need at least {k} products, but max_matvecs is {limit}")
-    length = _basis_size(basis_size, k, operator)
+    length = _basis_size(basis_size, k, operator, limit)
     # Room beyond the restart length for pending directions: the first, and a fresh one for each pair missed.
     space = Subspace(operator, min(length + k + 2, operator.size))
     fresh = _FreshVectors(operator, resolve_seed(seed))
@@ -129,10 +136,8 @@ def top_eigenpairs(
     search = _Search(space, fresh, which, k, tol, limit, length, progress)
     settled = search.converge()
     if (k > 1 or warm) if check_multiplicity == "auto" else check_multiplicity:
-        steps = LONG_LOOK if check_multiplicity is True else SHORT_LOOK
-        while settled and search.finds_more(steps):
+        while settled and search.finds_more():
             settled = search.converge()
-            steps = LONG_LOOK  # one copy more makes further ones likely
     return search.result()
 
 
@@ -190,6 +195,7 @@ def power_iteration(
         torch.tensor([residual], dtype=torch.float64),
         torch.tensor([done]),
         used,
+        "LM",
     )
 
 
@@ -230,32 +236,37 @@ class _Search:
                 worst = self.best[self.residuals[self.best].argmax()]
                 space.aim(space.coupling @ self.coefficients[:, worst])
             before = self.values[self.best]
-            self._expand(0)
+            self._expand()
 
-    def finds_more(self, steps: int) -> bool:
-        """Give a fresh direction up to ``steps`` Lanczos steps; True where that upsets the wanted pairs.
+    def finds_more(self) -> bool:
+        """Run Lanczos from a random direction outside the processed vectors V; True once it upsets the wanted pairs.
 
-        It ends sooner where the largest Ritz value among the fresh direction's own has converged.
+        An eigenvector that the start vectors do not see lies outside V, and is one of the operator's part there, of
+        which the run is an ordinary one. The pending directions take part: rounding blows up what the start vectors
+        do not see, and a pending direction may already hold most of it.
         """
-        space = self.space
-        self._make_room(steps + 1)
-        if space.processed == space.operator.size or not space.add(self.fresh()):
+        space, operator = self.space, self.space.operator
+        self._make_room(LOOK + 1)
+        if not space.add_random(self.fresh()):
             return False
-        first, before = space.processed, self.values[self.best]
-        for step in range(1, 1 + min(steps, space.capacity - space.used)):
-            if space.matvecs >= self.limit:
+        first, before, ends = space.processed, self.values[self.best], self._ends()
+        betas: list[float] = []
+        for _ in range(LOOK):
+            if space.matvecs >= self.limit or space.capacity == space.used < operator.size:
                 return False
-            pending = space.pending
-            self._expand(-1)
+            self._expand()
             if not self.settled or self._moved(before) > self.bound:
                 return True
-            if space.pending < pending:  # the fresh direction's Krylov space is exhausted
+            remainder = space.coupling[:, -1]
+            betas.append(float(remainder.norm()))
+            if betas[-1] == 0:  # the random direction reaches no further
                 return False
-            # What was known is decoupled from the fresh vectors, so their block of T is a Lanczos run of its own.
-            own, vectors = torch.linalg.eigh(space.projected[first:, first:])
-            left = space.coupling[-1, first:] @ vectors[:, _select(own, self.which, 1)]
-            if step >= SHORT_LOOK and float(left.abs()) <= self.bound:
+            alphas = space.projected.diag()[first:].tolist()
+            weight = max(largest_weight(alphas, betas, end) for end in ends)
+            # A component of a random unit vector is about normal with variance 1 / dimension.
+            if math.erf(math.sqrt(weight * (operator.size - first) / 2)) <= CHANCE:
                 return False
+            space.aim(remainder)
         return False
 
     def result(self) -> Eigenpairs:
@@ -269,6 +280,7 @@ class _Search:
             residuals,
             residuals <= max(self.bound, rounding),
             space.matvecs,
+            self.which,
         )
 
     def read(self) -> None:
@@ -278,13 +290,24 @@ class _Search:
         self.bound = self.tol * float(self.values.abs().max()) if len(self.values) else 0.0
         self.settled = len(self.best) == self.k and bool((self.residuals[self.best] <= self.bound).all())
 
+    def _ends(self) -> list[float]:
+        """Where a missed eigenvalue would matter: at these points and further out."""
+        values, low = self.values[self.best].tolist(), self.k // 2
+        if self.which == "LM":
+            return [abs(values[-1]) + self.bound, -abs(values[-1]) - self.bound]
+        if self.which == "SA":
+            return [values[-1] - self.bound]
+        if self.which == "BE" and low:
+            return [values[-low - 1] + self.bound, values[-low] - self.bound]
+        return [values[-1] + self.bound]
+
     def _moved(self, before: Tensor | None) -> float:
         if before is None or len(before) != len(self.best):
             return math.inf
         return float((self.values[self.best] - before).abs().max())
 
-    def _expand(self, which: int) -> None:
-        self.space.expand(which)
+    def _expand(self) -> None:
+        self.space.expand()
         self.read()
         if self.progress is not None:
             self.progress(int((self.residuals[self.best] <= self.bound).sum()), self.k)
@@ -341,12 +364,14 @@ def _start_vector(start: Tensor, operator: LinearMap) -> Tensor:
     return columns.sum(1).to(device=operator.device, dtype=working_dtype(operator))
 
 
-def _basis_size(asked: int | None, k: int, operator: LinearMap) -> int:
+def _basis_size(asked: int | None, k: int, operator: LinearMap, limit: int) -> int:
     least = k + 4
     if asked is not None:
         if _positive("basis_size", asked) < least:
             raise ArgumentError(f"{k} eigenpairs need a basis of at least {least} vectors, not {asked}")
         return asked
+    if operator.size <= min(limit, SMALL):
+        return operator.size
     fits = free_bytes(operator.device) // 2 // (operator.size * working_dtype(operator).itemsize)
     return max(least, min(max(2 * k + 16, 24), fits - k - 2))
 

@@ -68,13 +68,21 @@ class Subspace:
         self.coupling = torch.cat([self.coupling, self.coupling.new_zeros(1, self.processed)])
         return True
 
-    def expand(self, which: int = 0) -> None:
-        """Process one pending direction with one product; its remainder becomes the last pending one."""
+    def add_random(self, vector: Tensor) -> bool:
+        """Make the first pending direction what ``vector`` ``[P]`` has outside V; False where there is nothing.
+
+        ``vector`` is overwritten.
+        """
+        direction = torch.mv(self.rows[self.processed : self.used], vector).cpu().double()
+        if self.add(vector):
+            rest = row_dots(vector[None], vector[None]).sqrt().cpu().double()
+            direction = torch.cat([direction, rest])
+        self.aim(direction)
+        return self.pending > 0
+
+    def expand(self) -> None:
+        """Process the first pending direction with one product; its remainder becomes the last pending one."""
         n, b = self.processed, self.pending
-        if which % b:
-            chosen = [n + which % b, n]
-            self.rows[chosen] = self.rows[chosen[::-1]]
-            self.coupling[[which % b, 0]] = self.coupling[[0, which % b]]
         basis = self.rows[: n + b]
         fresh = product(self.operator, basis[n : n + 1])[0]
         self.matvecs += 1

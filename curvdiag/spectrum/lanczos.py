@@ -156,6 +156,26 @@ def lanczos(
     )
 
 
+def largest_weight(alphas: list[float], betas: list[float], point: float) -> float:
+    """The most that an eigenvalue at ``point`` can weigh in the start vector of a Lanczos run, given its coefficients.
+
+    With the run's orthonormal polynomials ``p_j`` and ``q = sum_j p_j(point) p_j``, the weight is at most the integral
+    of ``q^2`` over ``q(point)^2``, which is ``1 / sum_j p_j(point)^2``: the Christoffel function (Akhiezer 1965, The
+    Classical Moment Problem). Outside the Ritz values it falls with the distance from them, so what it says of a point
+    there holds beyond.
+
+    Args:
+        alphas: Diagonal of the tridiagonal matrix ``[m]``.
+        betas: Its off-diagonal, then the norm of the last residual ``[m]``, all positive.
+        point: Where.
+    """
+    last, now, beta, total = 0.0, 1.0, 0.0, 1.0
+    for alpha, following in zip(alphas, betas, strict=True):
+        last, now, beta = now, ((point - alpha) * now - beta * last) / following, following
+        total += now * now
+    return 1 / total
+
+
 def working_dtype(operator: LinearMap) -> torch.dtype:
     """Vectors are never kept in less than single precision, whatever the operator computes in."""
     return operator.dtype if operator.dtype in (torch.float32, torch.float64) else torch.float32
