@@ -11,7 +11,7 @@ from curvdiag.errors import CurvdiagError, CurvdiagWarning
 from curvdiag.estimate import Estimate
 from curvdiag.monitor import CurvatureMonitor, Every, LogSpaced, Measurement, OverheadBudget
 from curvdiag.objective import Objective
-from curvdiag.operators import Hessian, SymmetricOperator
+from curvdiag.operators import EmpiricalFisher, Hessian, NoiseCovariance, SymmetricOperator
 from curvdiag.record import RunStore
 from curvdiag.spectrum import (
     Eigenpairs,
@@ -35,11 +35,13 @@ __all__ = [
     "CurvdiagError",
     "CurvdiagWarning",
     "Eigenpairs",
+    "EmpiricalFisher",
     "Estimate",
     "Every",
     "Hessian",
     "LogSpaced",
     "Measurement",
+    "NoiseCovariance",
     "Objective",
     "OverheadBudget",
     "RunStore",

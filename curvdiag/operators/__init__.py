@@ -2,5 +2,14 @@
 
 from curvdiag.operators.base import Cost, LinearMap, SymmetricOperator, linear_map
 from curvdiag.operators.hessian import Hessian
+from curvdiag.operators.noise import EmpiricalFisher, NoiseCovariance
 
-__all__ = ["Cost", "Hessian", "LinearMap", "SymmetricOperator", "linear_map"]
+__all__ = [
+    "Cost",
+    "EmpiricalFisher",
+    "Hessian",
+    "LinearMap",
+    "NoiseCovariance",
+    "SymmetricOperator",
+    "linear_map",
+]

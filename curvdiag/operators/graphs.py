@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,6 +32,8 @@ from curvdiag.operators.second_derivative import (
 )
 from curvdiag.sandbox import numerics
 from curvdiag.weights import Weights
+
+T = TypeVar("T")
 
 
 class Graph:
@@ -74,6 +76,7 @@ class Graph:
             None if g is None or not g.requires_grad else get_gradient_edge(g.clone() if g.is_leaf else g)
             for g in gradients
         ]
+        self.totals = get_gradient_edge(totals) if totals.requires_grad else None
 
     def _check_gradients(self, loss: Tensor, gradients: Sequence[Tensor | None]) -> None:
         """The gradient is finite, and constant only in parameters whose second derivative is truly zero."""
@@ -88,26 +91,44 @@ class Graph:
 
     def multiply(self, vectors: Sequence[Tensor], positions: Sequence[int], *, keep: bool) -> list[Tensor | None]:
         """The Hessian's rows at ``positions`` times a vector that is zero elsewhere; None is zero."""
-        terms = [
-            (edge, vector)
-            for edge, vector in zip((self.edges[i] for i in positions), vectors, strict=True)
-            if edge is not None
-        ]
+        terms = self._terms(vectors, positions)
+        leaves = [self.weights.chosen[i] for i in positions]
         if not terms:
             return [None] * len(positions)
-        leaves = [self.weights.chosen[i] for i in positions]
-
-        def backward() -> tuple[Tensor | None, ...]:
-            edges, outer = zip(*terms, strict=True)
-            return torch.autograd.grad(edges, leaves, outer, retain_graph=keep, allow_unused=True)
-
-        keep = keep or not self.checked
-        with missing_derivatives():
-            products = self.objective.inside(self.weights, backward, twice=True) if self.recomputes else backward()
+        products = self._backward(terms, leaves, keep=keep or not self.checked)
         if not self.checked:
             self._check_missing([i for i, product in zip(positions, products, strict=True) if product is None])
             self.checked = len(positions) == len(self.edges)
         return list(products)
+
+    def along(self, vectors: Sequence[Tensor], positions: Sequence[int], *, keep: bool) -> Tensor:
+        """Derivative ``[B]`` of each sample's share of the objective: ``v . grad t_i / total_weight``."""
+        terms = self._terms(vectors, positions)
+        dots = self._backward(terms, [self.sample_weights], keep=keep)[0] if terms else None
+        return torch.zeros_like(self.sample_weights) if dots is None else dots
+
+    def gather(self, coefficients: Tensor, positions: Sequence[int], *, keep: bool) -> list[Tensor | None]:
+        """``sum_i c_i grad t_i`` over the parameters at ``positions``, for coefficients ``[B]``; None is zero."""
+        if self.totals is None:
+            return [None] * len(positions)
+        leaves = [self.weights.chosen[i] for i in positions]
+        return list(self._backward([(self.totals, coefficients)], leaves, keep=keep))
+
+    def _terms(self, vectors: Sequence[Tensor], positions: Sequence[int]) -> list[tuple[GradientEdge, Tensor]]:
+        edges = (self.edges[i] for i in positions)
+        return [(edge, vector) for edge, vector in zip(edges, vectors, strict=True) if edge is not None]
+
+    def _backward(
+        self, terms: list[tuple[GradientEdge, Tensor]], leaves: list[Tensor], *, keep: bool
+    ) -> tuple[Tensor | None, ...]:
+        """One backward pass from some edges of the graph, with what flows into them, to ``leaves``."""
+        edges, outer = zip(*terms, strict=True)
+
+        def backward() -> tuple[Tensor | None, ...]:
+            return torch.autograd.grad(edges, leaves, outer, retain_graph=keep, allow_unused=True)
+
+        with missing_derivatives():
+            return self.objective.inside(self.weights, backward, twice=True) if self.recomputes else backward()
 
     def _whole(self, vector: Tensor) -> Tensor:
         """The product with one flat vector over all parameters."""
@@ -194,6 +215,37 @@ class GraphEngine:
                 )
         self.unvisited = False
         return out
+
+    def sample_dots(self, rows: Tensor, positions: Sequence[int]) -> Tensor:
+        """``v . grad t_i / total_weight`` of every sample ``[k, N]``, for rows ``[k, p]``."""
+        layout = self.objective.parameters.subset(positions)
+        dtypes = [self.weights.chosen[i].dtype for i in positions]
+
+        def dots(graph: Graph) -> Tensor:
+            vectors = [[v.to(d) for v, d in zip(layout.views(row), dtypes, strict=True)] for row in rows]
+            return torch.stack([graph.along(v, positions, keep=True) for v in vectors])
+
+        with numerics(rows.device):
+            return torch.cat(self._for_each_graph(dots), dim=1)
+
+    def gather(self, coefficients: Tensor, positions: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """``sum_i c_i grad t_i`` as rows ``[k, p]``, for coefficients ``[k, N]`` in the order of the samples."""
+        layout = self.objective.parameters.subset(positions)
+        parts = iter(coefficients.split([*self.plan.kept, *self.plan.rebuilt], dim=1))
+        with numerics(coefficients.device):
+            out = torch.zeros(len(coefficients), layout.size, dtype=dtype, device=coefficients.device)
+
+            def add(graph: Graph) -> None:
+                for row, total in zip(next(parts), out, strict=True):
+                    _accumulate(graph.gather(row, positions, keep=True), total, layout.views(total), fresh=False)
+
+            self._for_each_graph(add)
+        return out
+
+    def _for_each_graph(self, function: Callable[[Graph], T]) -> list[T]:
+        """``function`` of each graph, in the order of their samples; rebuilt ones are gone before the next is built."""
+        results = [function(graph) for graph in self.kept]
+        return results + [function(self._graph(batch, self.trusted[i])) for i, batch in enumerate(self.rebuilt)]
 
     def _add(
         self, graph: Graph, rows: Tensor, out: Tensor, positions: Sequence[int], *, fresh: bool, keep: bool

@@ -1,0 +1,107 @@
+"""Second moments of per-sample gradients: the centred covariance C, and the uncentred empirical Fisher matrix."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import Tensor
+
+from curvdiag.errors import ArgumentError, LossError
+from curvdiag.objective import Objective
+from curvdiag.operators.base import Cost
+from curvdiag.operators.graphs import GraphEngine
+from curvdiag.operators.objective_operator import ObjectiveOperator
+
+
+class EmpiricalFisher(ObjectiveOperator):
+    """``(1/N) sum_i g_i g_i^T`` of per-sample gradients at the given labels, uncentred.
+
+    Not the Fisher matrix, whose labels are drawn from the model. A product is one backward pass for ``v . g_i`` of all
+    samples at once and one that gathers the gradients again; no per-sample gradient is ever in memory.
+
+    Args:
+        objective: Its losses must be known for each sample.
+        dtype, share, memory, micro_batch: As in :class:`~curvdiag.operators.Hessian`.
+
+    Raises:
+        LossError: The loss gives only a mean, or BatchNorm in train mode couples the samples.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        *,
+        dtype: torch.dtype | None = None,
+        share: bool = False,
+        memory: int | None = None,
+        micro_batch: int | None = None,
+    ) -> None:
+        if not objective.per_sample:
+            raise LossError(f"{type(self).__name__} needs the loss of each sample: {objective.why()}")
+        started = time.perf_counter()
+        super().__init__(objective, dtype, share, memory)
+        self._engine: GraphEngine = GraphEngine(objective, self._weights, dtype, memory, micro_batch)
+        self.cost = Cost(0, self._engine.graphs_built, time.perf_counter() - started)
+
+    def _multiply(self, rows: Tensor) -> Tensor:
+        # g_i = (N / Z) grad t_i for the total weight Z; dots are v . g_i / N.
+        dots = self._shaped(self._engine.sample_dots(rows, self._positions)) * self.objective.size
+        return self._engine.gather(dots / self.objective.total_weight, self._positions, self.dtype)
+
+    def _shaped(self, dots: Tensor) -> Tensor:
+        return dots
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.size:,} parameters, {self.dtype}, {self.plan})"
+
+
+class NoiseCovariance(EmpiricalFisher):
+    """``C = (1/N) sum_i g_i g_i^T - g g^T``, the covariance of per-sample gradients; or that of a mini-batch's mean.
+
+    Args:
+        objective: Its losses must be known for each sample.
+        batch_size: Give the covariance of the mean of so many samples: ``C / B`` drawn with replacement,
+            ``C / B (M - B) / (M - 1)`` without.
+        replacement: How mini-batches are drawn.
+        population: ``M``, the size of the training set; must be given for ``replacement=False``, since the objective
+            usually holds a small part of it.
+        dtype, share, memory, micro_batch: As in :class:`~curvdiag.operators.Hessian`.
+
+    Raises:
+        LossError: The loss gives only a mean, or BatchNorm in train mode couples the samples.
+        ArgumentError: The sizes make no sense, or the population is missing.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        batch_size: int | None = None,
+        replacement: bool = True,
+        *,
+        population: int | None = None,
+        dtype: torch.dtype | None = None,
+        share: bool = False,
+        memory: int | None = None,
+        micro_batch: int | None = None,
+    ) -> None:
+        self.scale = _mini_batch_scale(batch_size, replacement, population)
+        super().__init__(objective, dtype=dtype, share=share, memory=memory, micro_batch=micro_batch)
+
+    def _shaped(self, dots: Tensor) -> Tensor:
+        # Centred before the gradients are gathered: g (g . v) subtracted afterwards would cancel.
+        return self.scale * (dots - dots.mean(dim=1, keepdim=True))
+
+
+def _mini_batch_scale(batch_size: int | None, replacement: bool, population: int | None) -> float:
+    if batch_size is None:
+        return 1.0
+    if batch_size < 1:
+        raise ArgumentError(f"batch_size is a number of samples, at least 1, not {batch_size}")
+    if replacement:
+        return 1 / batch_size
+    if population is None:
+        raise ArgumentError("without replacement the covariance depends on the training set's size: give population=")
+    if not batch_size <= population or population < 2:
+        raise ArgumentError(f"mini-batches of {batch_size} cannot be drawn without replacement from {population}")
+    return (population - batch_size) / (population - 1) / batch_size
