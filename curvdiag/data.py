@@ -209,7 +209,7 @@ def take(batch: Batch, samples: slice | Tensor) -> Batch:
 
 def can_merge(one: Batch, other: Batch) -> bool:
     """Whether two batches differ in nothing but their samples."""
-    return can_cut(one) and can_cut(other) and _signature(one) == _signature(other)
+    return can_cut(one) and can_cut(other) and signature(one) == signature(other)
 
 
 def merge(batches: Sequence[Batch]) -> Batch:
@@ -221,7 +221,9 @@ def merge(batches: Sequence[Batch]) -> Batch:
     return map_tensors(lambda _: next(merged), batches[0])
 
 
-def _signature(batch: Batch) -> str:
+def signature(batch: Batch) -> str:
+    """What two batches that :func:`can_merge` have in common: everything but their samples."""
+
     def describe(part: Any) -> Any:
         if isinstance(part, Tensor):
             return str((part.item(), part.dtype) if part.ndim == 0 else (part.shape[1:], part.dtype, part.device))

@@ -52,11 +52,21 @@ def inspect_loss(
     if loss.per_sample:
         _compare_samples(loss, model, first)
         return
-    for i in [index, *others]:
+    unweighted = getattr(loss, "weight", None) is None
+    if unweighted and not all(can_merge(batches[index], batches[i]) for i in others):
+        apart = [i for i in others if not can_merge(batches[index], batches[i])]
+        if not all(loss.counts_alike(batches[index], batches[i]) for i in apart):
+            raise LossError(_UNKNOWN_WEIGHTS)
+    sample = others[:: max(1, len(others) // FEW)][:FEW]
+    for i in [index, *sample]:
         _compare_means(loss, model, place(batches[i], device, None), several=bool(others))
-    if getattr(loss, "weight", None) is None:
-        for i in others:
+    for i in sample if unweighted else []:
+        if can_merge(batches[index], batches[i]):
             _compare_batches(loss, model, first, place(batches[i], device, None))
+
+
+FEW = 8
+"""So many further batches, spread over the data, are compared with the first where a loss gives only a mean."""
 
 
 def _compare_samples(loss: Loss, model: nn.Module, batch: Batch) -> None:
@@ -111,18 +121,15 @@ def _compare_means(loss: Loss, model: nn.Module, batch: Batch, *, several: bool)
 
 
 _UNKNOWN_WEIGHTS = (
-    "the loss is a mean over something other than samples (tokens, say, of which batches hold different numbers), so "
-    "that nothing says how much each batch counts: give Objective.from_loss(..., weight=...) the number of tokens in a "
-    "batch, or return one loss for each sample"
+    "the loss gives one number for a batch, and that of two batches together is not the mean of theirs, weighted by "
+    "samples (a mean over tokens? a contrastive loss?), so that nothing says how much each batch counts: give "
+    "Objective.from_loss(..., weight=...), for instance the number of tokens in a batch, or len to count samples; or "
+    "return one loss for each sample"
 )
 
 
 def _compare_batches(loss: Loss, model: nn.Module, one: Batch, other: Batch) -> None:
     """Two batches together have the mean of both, weighted by their samples; padding alike within each hides there."""
-    if not can_merge(one, other):
-        if loss.counts_alike(one, other):
-            return
-        raise LossError(_UNKNOWN_WEIGHTS)
     try:
         values = torch.stack([loss.value(model, batch) for batch in (one, other, merge([one, other]))])
         single = loss.value(model, take(one, slice(0, 1)))  # means that cancel to zero have no scale of their own

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 import sys
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -77,22 +78,37 @@ def sandbox(model: nn.Module, mode: Mode, device: torch.device, *, twice: bool) 
 def _attributes(model: nn.Module) -> Iterator[None]:
     """Plain attributes that forward passes set (counters, caches, last outputs), restored.
 
-    What such an attribute holds after a measurement may belong to its graph, or be in another precision.
+    What such an attribute holds after a measurement may belong to its graph, or be in another precision. Of nested
+    containers only the outermost is restored.
     """
     kept = [(vars(module), dict(vars(module))) for module in model.modules()]
+    buffers = [(module._buffers, set(module._buffers)) for module in model.modules()]
     own = vars(nn.Module())
     mutable = [
         (value, copy.copy(value))
         for _, before in kept
         for name, value in before.items()
-        if name not in own and type(value) in (list, dict, set)
+        if name not in own and type(value) in (list, dict, set, deque, OrderedDict, defaultdict)
+    ]
+    small = [  # large ones are tables, which forward passes read
+        (value, value.detach().clone())
+        for _, before in kept
+        for name, value in before.items()
+        if name not in own and isinstance(value, Tensor) and value.numel() <= 65_536
     ]
     try:
         yield
     finally:
         for value, content in mutable:
             value.clear()
-            (value.extend if isinstance(value, list) else value.update)(content)
+            (value.extend if isinstance(value, list | deque) else value.update)(content)
+        for tensor, content in small:
+            if not torch.equal(tensor, content):
+                with torch.no_grad():
+                    tensor.copy_(content)
+        for now, names in buffers:
+            for name in now.keys() - names:
+                del now[name]
         for now, before in kept:
             for name in now.keys() - before.keys():
                 del now[name]

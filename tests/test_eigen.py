@@ -129,6 +129,21 @@ def test_a_warm_start_that_is_blind_to_a_new_largest_eigenvalue_finds_it():
     assert float(blind.values[0]) < 40
 
 
+def test_a_single_value_that_a_random_vector_hardly_sees_is_found():
+    """After one product the residual is that of the bulk: small, and far from the largest eigenvalue."""
+    diagonal = torch.ones(100_000, dtype=torch.float64)
+    diagonal[12_345] = 1.5
+
+    class Diagonal:
+        shape, dtype = (100_000, 100_000), torch.float64
+
+        def __matmul__(self, vector):
+            return diagonal * vector
+
+    pairs = top_eigenpairs(Diagonal(), 1, tol=1e-2)
+    assert float(pairs.values[0]) == pytest.approx(1.5)
+
+
 def test_product_counts_stay_those_of_a_good_lanczos():
     matrix, _ = with_spectrum(heavy_tailed(800))
     for k, tol, most in ((1, 1e-2, 7), (1, 1e-3, 8), (5, 1e-2, 14), (5, 1e-3, 15), (10, 1e-2, 18), (10, 1e-3, 19)):

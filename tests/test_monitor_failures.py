@@ -317,6 +317,9 @@ def test_a_configuration_that_cannot_be_written_does_not_stop_the_run(tmp_path):
     spoil(training.model)
     assert len(collected(lambda: training.step(2))) == 1
     monitor.close()
+    with RunStore(tmp_path / "run.db", readonly=True) as store:
+        assert store.scalars("curv/hessian/lambda_max").steps.tolist() == [1, 2]
+        assert "(1, 2)" in store.run().config["sizes"]
 
 
 def test_a_closed_monitor_says_that_it_records_no_more(tmp_path):

@@ -41,7 +41,7 @@ class CurvatureMonitor:
     ============================================  =================================================================
     key                                           what
     ============================================  =================================================================
-    ``curv/hessian/lambda_max``                   largest eigenvalue, and ``..._residual``, which bounds its error
+    ``curv/hessian/lambda_max``                   largest eigenvalue; some eigenvalue lies within ``..._residual``
     ``curv/hessian/lambda_min``                   smallest Ritz value of the density's probes
     ``curv/hessian/trace``                        trace, with standard error
     ``curv/hessian/frobenius_norm``               Frobenius norm, with standard error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -55,7 +56,12 @@ class Recorder:
     def run(self) -> Run | None:
         """The run, begun when it is first asked for."""
         if self._run is None and self.store is not None:
-            self._run = self.store.new_run(self._name, self._describe())
+            configuration = self._describe()
+            try:
+                self._run = self.store.new_run(self._name, configuration)
+            except ArgumentError as error:  # not JSON: keep what it looks like rather than nothing
+                self._warn("config", f"{error}; it is recorded as text")
+                self._run = self.store.new_run(self._name, {key: repr(value) for key, value in configuration.items()})
         return self._run
 
     def measurement(self, measurement: Measurement) -> None:
@@ -78,18 +84,29 @@ class Recorder:
             return
         self._unwritten.append({**record, "wall_time": time.time()})
         try:
-            run = self.run
-            assert run is not None
-            while self._unwritten:
-                run.record(**self._unwritten[0])
-                self._unwritten.pop(0)
-        except (StoreError, ArgumentError) as error:  # the file fails, or the configuration cannot be written
+            self._write_all()
+        except StoreError as error:
             if self.strict:
                 raise
             self._warn("store", f"{error}; training goes on, and measurements stay in memory until they can be written")
 
+    def _write_all(self) -> None:
+        run = self.run
+        assert run is not None
+        while self._unwritten:
+            try:
+                run.record(**self._unwritten[0])
+            except ArgumentError as error:  # this one can never be written, and must not hold up the others
+                if self.strict:
+                    raise
+                self._warn("record", f"a measurement cannot be recorded: {error}")
+            self._unwritten.pop(0)
+
     def close(self) -> None:
         """Close the store if the path was given; it is kept, so that a later checkpoint still names the run."""
+        if self.store is not None and self._unwritten:
+            with contextlib.suppress(StoreError):  # it was warned about; this is the last attempt
+                self._write_all()
         if self.store is not None and self._owns_store:
             self.store.close()
 

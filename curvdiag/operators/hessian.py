@@ -14,6 +14,7 @@ from curvdiag.operators.base import Cost
 from curvdiag.operators.finite_difference import FiniteDifferenceEngine
 from curvdiag.operators.graphs import GraphEngine
 from curvdiag.operators.objective_operator import ObjectiveOperator
+from curvdiag.operators.second_derivative import check_symmetry
 
 
 class Hessian(ObjectiveOperator):
@@ -60,9 +61,11 @@ class Hessian(ObjectiveOperator):
         if method == "exact":
             self._engine = GraphEngine(objective, self._weights, dtype, memory, micro_batch)
         elif method == "finite-difference":
-            self._engine = FiniteDifferenceEngine(
-                objective, self._weights, dtype, list(objective.micro_batches(micro_batch)), rtol
-            )
+            pieces = list(objective.micro_batches(micro_batch))
+            self._engine = FiniteDifferenceEngine(objective, self._weights, dtype, pieces, rtol)
+            if not objective.__dict__.get("_symmetric"):
+                check_symmetry(objective, dtype, self._engine.product, max(rtol, 0.05))
+                objective.__dict__["_symmetric"] = True
         else:
             raise ArgumentError(f"method is 'exact' or 'finite-difference', not {method!r}")
         self.method = method

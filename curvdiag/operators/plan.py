@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from curvdiag.data import Batch, can_merge, merge, sample_count, take, tensors_of
+from curvdiag.data import Batch, can_cut, merge, sample_count, signature, take, tensors_of
 from curvdiag.memory import human_bytes
 
 CALIBRATION = (8, 32)
@@ -112,14 +112,10 @@ def _fit(batches: list[Batch], at_once: int, size: GraphBytes, budget: float) ->
 
 def _alike(pieces: Sequence[Batch]) -> list[list[Batch]]:
     """Pieces that can be merged, together, in order of first appearance."""
-    groups: list[list[Batch]] = []
-    for piece in pieces:
-        found = next((group for group in groups if can_merge(group[0], piece)), None)
-        if found is None:
-            groups.append([piece])
-        else:
-            found.append(piece)
-    return groups
+    groups: dict[str, list[Batch]] = {}
+    for index, piece in enumerate(pieces):
+        groups.setdefault(signature(piece) if can_cut(piece) else f"piece {index}", []).append(piece)
+    return list(groups.values())
 
 
 def foretell(

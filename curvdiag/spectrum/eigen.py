@@ -134,10 +134,11 @@ def top_eigenpairs(
         space.add(fresh())
 
     search = _Search(space, fresh, which, k, tol, limit, length, progress)
-    settled = search.converge()
-    if (k > 1 or warm) if check_multiplicity == "auto" else check_multiplicity:
-        while settled and search.finds_more():
-            settled = search.converge()
+    look = (k > 1 or warm) if check_multiplicity == "auto" else bool(check_multiplicity)
+    quick = k == 1 and look  # what a single value might have missed, the look finds
+    settled = search.converge(quick)
+    while look and settled and search.finds_more():
+        settled = search.converge(quick)
     return search.result()
 
 
@@ -217,14 +218,18 @@ class _Search:
         self.tol, self.limit, self.length, self.progress = tol, limit, length, progress
         self.read()
 
-    def converge(self) -> bool:
-        """Expand until the wanted pairs have converged; False where the products ran out before."""
+    def converge(self, quick: bool = False) -> bool:
+        """Expand until the wanted pairs have converged; False where the products ran out before.
+
+        Args:
+            quick: Take small residuals for convergence, without waiting for the values to stand still.
+        """
         space = self.space
         before: Tensor | None = None
         while True:
             # Early on, a Ritz pair of the bulk can have a small residual while a larger eigenvalue is still
             # invisible; it then moves at the next step.
-            still = self.k == 1 or not space.pending or self._moved(before) <= self.bound
+            still = quick or not space.pending or self._moved(before) <= self.bound
             if self.settled and still:
                 return True
             if space.matvecs >= self.limit:
