@@ -1,0 +1,174 @@
+"""The search for wanted eigenpairs in a growing, restarted subspace, and the look for what it missed."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from curvdiag.operators.base import LinearMap
+from curvdiag.spectrum.eigenpairs import Eigenpairs, Which
+from curvdiag.spectrum.krylov import Subspace
+from curvdiag.spectrum.lanczos import Progress, largest_weight, working_dtype
+from curvdiag.spectrum.probes import gaussian
+
+# A look for missed pairs ends when one would have escaped it with at most this probability, or after so many steps.
+CHANCE, LOOK = 1e-2, 16
+
+
+class Search:
+    """The state of one search for eigenpairs: what is wanted, and how far it is."""
+
+    def __init__(
+        self,
+        space: Subspace,
+        fresh: FreshVectors,
+        which: Which,
+        k: int,
+        tol: float,
+        limit: int,
+        length: int,
+        progress: Progress | None,
+    ) -> None:
+        self.space, self.fresh, self.which, self.k = space, fresh, which, k
+        self.tol, self.limit, self.length, self.progress = tol, limit, length, progress
+        self.read()
+
+    def converge(self, quick: bool = False) -> bool:
+        """Expand until the wanted pairs have converged; False where the products ran out before.
+
+        Args:
+            quick: Take small residuals for convergence, without waiting for the values to stand still.
+        """
+        space = self.space
+        before: Tensor | None = None
+        while True:
+            # Early on, a Ritz pair of the bulk can have a small residual while a larger eigenvalue is still
+            # invisible; it then moves at the next step.
+            still = quick or not space.pending or self._moved(before) <= self.bound
+            if self.settled and still:
+                return True
+            if space.matvecs >= self.limit:
+                return False
+            if not space.pending and not space.add(self.fresh()):
+                return self.settled
+            self._make_room()
+            if space.pending > 1 and len(self.best):
+                worst = self.best[self.residuals[self.best].argmax()]
+                space.aim(space.coupling @ self.coefficients[:, worst])
+            before = self.values[self.best]
+            self._expand()
+
+    def finds_more(self) -> bool:
+        """Run Lanczos from a random direction outside the processed vectors V; True once it upsets the wanted pairs.
+
+        An eigenvector that the start vectors do not see lies outside V, and is one of the operator's part there, of
+        which the run is an ordinary one. The pending directions take part: rounding blows up what the start vectors
+        do not see, and a pending direction may already hold most of it.
+        """
+        space, operator = self.space, self.space.operator
+        self._make_room(LOOK + 1)
+        if not space.add_random(self.fresh()):
+            return False
+        first, before, ends = space.processed, self.values[self.best], self._ends()
+        betas: list[float] = []
+        for _ in range(LOOK):
+            if space.matvecs >= self.limit or space.capacity == space.used < operator.size:
+                return False
+            self._expand()
+            if not self.settled or self._moved(before) > self.bound:
+                return True
+            remainder = space.coupling[:, -1]
+            betas.append(float(remainder.norm()))
+            if betas[-1] == 0:  # the random direction reaches no further
+                return False
+            alphas = space.projected.diag()[first:].tolist()
+            weight = max(largest_weight(alphas, betas, end) for end in ends)
+            # A component of a random unit vector is about normal with variance 1 / dimension.
+            if math.erf(math.sqrt(weight * (operator.size - first) / 2)) <= CHANCE:
+                return False
+            space.aim(remainder)
+        return False
+
+    def result(self) -> Eigenpairs:
+        """The wanted pairs, sorted; rounding and any asymmetry of the products count into the residuals."""
+        space, best = self.space, self.best
+        rounding = 4 * torch.finfo(space.dtype).eps * space.scale
+        residuals = (self.residuals[best].square() + space.defect**2 + rounding**2).sqrt()
+        return Eigenpairs(
+            self.values[best],
+            space.vectors(self.coefficients[:, best]).T,
+            residuals,
+            residuals <= max(self.bound, rounding),
+            space.matvecs,
+            self.which,
+        )
+
+    def read(self) -> None:
+        """Take the Ritz pairs of the space as it is."""
+        self.values, self.coefficients, self.residuals = self.space.ritz()
+        self.best = select(self.values, self.which, self.k)
+        self.bound = self.tol * float(self.values.abs().max()) if len(self.values) else 0.0
+        self.settled = len(self.best) == self.k and bool((self.residuals[self.best] <= self.bound).all())
+
+    def _ends(self) -> list[float]:
+        """Where a missed eigenvalue would matter: at these points and further out."""
+        values, low = self.values[self.best].tolist(), self.k // 2
+        if self.which == "LM":
+            return [abs(values[-1]) + self.bound, -abs(values[-1]) - self.bound]
+        if self.which == "SA":
+            return [values[-1] - self.bound]
+        if self.which == "BE" and low:
+            return [values[-low - 1] + self.bound, values[-low] - self.bound]
+        return [values[-1] + self.bound]
+
+    def _moved(self, before: Tensor | None) -> float:
+        if before is None or len(before) != len(self.best):
+            return math.inf
+        return float((self.values[self.best] - before).abs().max())
+
+    def _expand(self) -> None:
+        self.space.expand()
+        self.read()
+        if self.progress is not None:
+            self.progress(int((self.residuals[self.best] <= self.bound).sum()), self.k)
+
+    def _make_room(self, need: int = 1) -> None:
+        """Restart where the basis is full, or where ``need`` more vectors do not fit."""
+        space = self.space
+        if space.capacity == space.operator.size:
+            return
+        if space.processed < self.length and space.used + need <= space.capacity:
+            return
+        keep = min(self.k + (self.length - self.k) // 2, space.capacity - space.pending - need)
+        kept = select(self.values, self.which, max(self.k, min(keep, space.processed - 1)))
+        space.restart(self.coefficients[:, kept], self.values[kept])
+        self.read()
+
+
+class FreshVectors:
+    """Gaussian vectors ``[P]``, a new one at each call."""
+
+    def __init__(self, operator: LinearMap, seed: int) -> None:
+        self.operator, self.seed, self.drawn = operator, seed, 0
+
+    def __call__(self) -> Tensor:
+        op, index = self.operator, self.drawn
+        self.drawn += 1
+        return gaussian(1, op.size, seed=self.seed, first=index, dtype=working_dtype(op), device=op.device)[0]
+
+
+def select(values: Tensor, which: Which, k: int) -> Tensor:
+    """Indices of the ``k`` wanted among ascending values, in the order of the result."""
+    n = len(values)
+    k = min(k, n)
+    ascending = torch.arange(n)
+    if which == "SA":
+        return ascending[:k]
+    if which == "LA":
+        return ascending.flip(0)[:k]
+    if which == "LM":
+        return values.abs().argsort(descending=True, stable=True)[:k]
+    low = k // 2
+    return torch.cat([ascending.flip(0)[: k - low], ascending[:low].flip(0)])
