@@ -89,12 +89,12 @@ class CriterionLoss:
 
     def confirm(self, model: nn.Module, batch: Batch) -> None:
         """Look at another batch: one may hold padding or ignored labels where the first had none."""
-        if self.per_sample and self.labels_or_mean_in_doubt:
+        if self.per_sample and self.in_doubt:
             outputs = call_model(model, batch[0])
             self._confirm(self.criterion(outputs, batch[1]), outputs, batch[1], batch)
 
     @property
-    def labels_or_mean_in_doubt(self) -> bool:
+    def in_doubt(self) -> bool:
         """Whether the criterion is not one of PyTorch's own, whose means are known."""
         criterion: Any = self.criterion
         while isinstance(criterion, functools.partial):

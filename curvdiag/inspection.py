@@ -123,7 +123,7 @@ def _compare_means(loss: Loss, model: nn.Module, batch: Batch, *, several: bool)
 _UNKNOWN_WEIGHTS = (
     "the loss gives one number for a batch, and that of two batches together is not the mean of theirs, weighted by "
     "samples (a mean over tokens? a contrastive loss?), so that nothing says how much each batch counts: give "
-    "Objective.from_loss(..., weight=...), for instance the number of tokens in a batch, or len to count samples; or "
+    "Objective.from_loss(..., weight=...), a function of the batch that gives its number of tokens, or of samples; or "
     "return one loss for each sample"
 )
 

@@ -211,3 +211,21 @@ def make(name: str, samples: int = 10, dtype: torch.dtype = torch.float64, seed:
 def cut(batch: Batch, sizes: tuple[int, ...]) -> list[Batch]:
     """The same samples in several batches of the given sizes."""
     return list(zip(*(torch.split(part, sizes) for part in batch), strict=True))
+
+
+class _Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return 2 * grad
+
+
+class OnceDifferentiable(nn.Module):
+    """Twice its input; a model with it trains, and cannot be measured."""
+
+    def forward(self, x):
+        return _Once.apply(x)

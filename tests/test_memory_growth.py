@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from nets import Drop, make, vectors
+from nets import Drop, OnceDifferentiable, make, vectors
 from torch import nn
 from torch.nn import functional as F
 
@@ -70,22 +70,6 @@ def test_memory_does_not_grow_over_200_measurements(tmp_path):
     monitor.close()
 
 
-class Once(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return 2 * x
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        return 2 * grad
-
-
-class Unmeasurable(nn.Module):
-    def forward(self, x):
-        return Once.apply(x)
-
-
 def broken_by_nan(model):
     with torch.no_grad():
         next(model.parameters()).fill_(float("nan"))
@@ -95,7 +79,7 @@ def broken_by_nan(model):
 def test_failed_measurements_leave_nothing_either(kind):
     model, batch = make("mlp-tanh")
     if kind == "no second derivative":
-        model.insert(2, Unmeasurable())
+        model.insert(2, OnceDifferentiable())
     monitor = CurvatureMonitor(Objective(model, F.cross_entropy, batch), cadence=lambda step: False)
     if kind == "nan":
         broken_by_nan(model)

@@ -9,8 +9,7 @@ import warnings
 
 import pytest
 import torch
-from nets import make
-from torch import nn
+from nets import OnceDifferentiable, make
 from torch.nn import functional as F
 
 from curvdiag import CurvatureMonitor, CurvdiagWarning, LogSpaced, Objective, OverheadBudget, RunStore
@@ -115,25 +114,9 @@ def clock(monkeypatch, model, *, step, measurement, error=None):
     model.register_forward_pre_hook(lambda *_: took(step))
 
 
-class Once(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return 2 * x
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        return 2 * grad
-
-
-class Twofold(nn.Module):
-    def forward(self, x):
-        return Once.apply(x)
-
-
 def test_a_model_that_cannot_be_measured_trains_to_the_end():
     training = Training()
-    training.model.insert(1, Twofold())
+    training.model.insert(1, OnceDifferentiable())
     monitor = training.monitor()
     messages = collected(lambda: training.step(5))
     assert len(messages) == 1
@@ -375,8 +358,8 @@ def test_measuring_by_hand_before_the_first_step_is_not_warned_of(monkeypatch):
     training = Training()
     clock(monkeypatch, training.model, step=1.0, measurement=9.0)
     monitor = training.monitor(cadence=lambda step: False)
-    for _ in range(3):
-        monitor.measure()
+    assert collected(lambda: [monitor.measure() for _ in range(3)]) == []
+    assert len(monitor.history) == 3
 
 
 # Bad arguments in the middle of a run

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import math
 from collections.abc import Iterator
@@ -201,7 +202,10 @@ def test_what_cannot_be_drawn_is_refused() -> None:
 def test_degenerate_spectra_are_drawn(eigenvalues: list[float]) -> None:
     density = of_eigenvalues(np.array(eigenvalues))
     for ax in (plotting.density(density, new_axes()), plotting.heatmap(over([density], [0]), new_axes())):
-        ax.figure.savefig("/dev/null", format="png")
+        drawn = io.BytesIO()
+        ax.figure.savefig(drawn, format="png")
+        assert drawn.getvalue().startswith(b"\x89PNG")
+        assert all(np.isfinite(limit) for limit in (*ax.get_xlim(), *ax.get_ylim()))
 
 
 # Density
