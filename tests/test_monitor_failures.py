@@ -255,6 +255,25 @@ def test_a_disk_that_fills_up_costs_one_warning_and_what_was_recorded_is_kept(tm
         assert value == monitor.history[step - 1]["curv/hessian/lambda_max"]
 
 
+def test_what_the_last_measurements_could_not_write_is_written_at_the_end(tmp_path):
+    training = Training()
+    monitor = training.monitor(tmp_path / "run.db", preset="full")
+    connection = monitor.store._database._connection
+
+    def run():
+        training.step(2)
+        (pages,) = connection.execute("PRAGMA page_count").fetchone()
+        connection.execute(f"PRAGMA max_page_count = {pages}")
+        training.step(15)
+        assert monitor.run.info.measurements < 17
+        connection.execute("PRAGMA max_page_count = 100000")
+        monitor.close()
+
+    assert len(collected(run)) == 1
+    with RunStore(tmp_path / "run.db", readonly=True) as store:
+        assert store.scalars("curv/hessian/lambda_max").steps.tolist() == list(range(1, 18))
+
+
 def test_a_disk_that_is_full_before_the_run_begins(tmp_path):
     training = Training()
     monitor = training.monitor(tmp_path / "run.db", preset="light", config={"long": "x" * 50_000})

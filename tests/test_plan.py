@@ -51,13 +51,14 @@ def test_the_longest_text_sets_the_price_of_a_sample() -> None:
     """Else a plan made from the first, short batch would keep graphs that do not fit."""
     torch.manual_seed(0)
     budget = 4_000_000
+    long = Hessian(Objective(Text(), F.cross_entropy, text(8, 256))).plan
+    assert long is not None
+    each = long.bytes_kept / 8
     for lengths in ((8, 256, 256), (256, 256, 8)):
         batches = [text(4, length) for length in lengths]
         op = Hessian(Objective(Text(), F.cross_entropy, batches), memory=budget)
         assert op.plan is not None
-        need = sum(n * 256 * 256 * 4 for n in op.plan.kept if n)  # at least one attention matrix for each sample
-        assert op.plan.bytes_kept <= budget
-        assert need <= budget
+        assert sum(op.plan.kept) * each <= 1.1 * budget < 12 * each
 
 
 def test_what_belongs_to_the_graph_and_not_to_a_sample_is_counted_once() -> None:
