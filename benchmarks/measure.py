@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 Call = Callable[[], object]
 
 
@@ -137,3 +139,8 @@ class NoCollection:
         if self.was:
             gc.enable()
         gc.collect()
+
+
+def relative(one: Tensor, other: Tensor) -> float:
+    """Relative difference of two vectors, as a share of the second."""
+    return float((one.double() - other.double()).norm() / other.double().norm())

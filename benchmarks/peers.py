@@ -117,6 +117,16 @@ def curvlinops(model: nn.Module, batches: Batches, *, steps: int) -> Peer:
     )
 
 
+def gauss_newton(model: nn.Module, batches: Batches) -> Callable[[Tensor], Tensor]:
+    """curvlinops' product with the generalised Gauss-Newton matrix, of flat vectors."""
+    from curvlinops import GGNLinearOperator
+
+    twin = copy.deepcopy(model)
+    params = [p for p in twin.parameters() if p.requires_grad]
+    operator = GGNLinearOperator(twin, nn.CrossEntropyLoss(), params, batches, check_deterministic=False)
+    return lambda v: (operator @ v).detach()
+
+
 def _split(vector: Tensor, params: list[Tensor]) -> tuple[Tensor, ...]:
     return vector.split([p.numel() for p in params])
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measure import Timing
 from peers import PACKAGES
 from rich.console import Console
 from rich.table import Table
@@ -54,6 +55,13 @@ class Row:
 
     def _written(self, x: float) -> str:
         return f"{x:.1%}" if self.unit == "share" else f"{x:.0f}" if self.unit == "count" else f"{x:.2f}"
+
+
+def row_of(section: str, net: str, what: str, timing: Timing, target: float | None, note: str = "") -> Row:
+    """A row from a timing, with the most that it may be."""
+    text = "" if target is None else f"at most {target:.3g}"
+    holds = None if target is None else timing.median <= target
+    return Row(section, net, what, timing.median, *timing.quartiles, text, holds, note)
 
 
 def environment() -> dict[str, Any]:

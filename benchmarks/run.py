@@ -14,16 +14,17 @@ import measure
 import overhead
 import report
 import torch
-from measure import Pauses, Timing
+from measure import Pauses, Timing, relative
 from nets import NETS, Batches, gradient, product_by_differences
+from noise import covariance_products, moments_rows
 from peers import Peer, peers
-from report import Row
+from report import Row, row_of
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 
 from curvdiag import Hessian, Objective, spectral_density
 
-PARTS = ("products", "slq", "monitor")
+PARTS = ("products", "noise", "slq", "monitor")
 HERE = Path(__file__).parent
 KEPT = {"MLP": 2.3, "ResNet": 2.7, "GPT": 2.3}
 REBUILT, EXTRA, MARGIN, MEASUREMENTS = 4.0, 0.4, 0.02, 10
@@ -41,6 +42,7 @@ class Bench:
         model, batches = make()
         model.eval()
         objective = Objective(model, nn.CrossEntropyLoss(), batches=batches)
+        self.model, self.batches, self.objective = model, batches, objective
         self.kept, self.rebuilt = Hessian(objective), Hessian(objective, memory=0)
         self.peers = peers(model, batches, quick=quick)
         self.vector = torch.randn(objective.parameters.size)
@@ -54,13 +56,13 @@ class Bench:
         self.referee = lambda: product_by_differences(model, batches, self.vector)
 
     def agrees(self, name: str) -> bool:
-        return _relative(self.theirs[name], self.ours) <= AGREEMENT
+        return relative(self.theirs[name], self.ours) <= AGREEMENT
 
     def faster(self, name: str, ours: float, theirs: float) -> bool | None:
         """Whether we are; None where the peer computes something else, which is no comparison."""
         if self.agrees(name):
             return ours < theirs
-        return None if _relative(self.ours, self.referee()) <= AGREEMENT else False
+        return None if relative(self.ours, self.referee()) <= AGREEMENT else False
 
     def products(self, rounds: int) -> list[Row]:
         candidates: dict[str, Callable[[], object]] = {
@@ -75,11 +77,11 @@ class Bench:
         plan = self.kept.plan
         note = "" if plan is None or not plan.rebuilt else "not all graphs fitted into memory"
         rows = [
-            _row(section, self.name, "curvdiag, graphs kept", kept, KEPT[self.name], note),
-            _row(section, self.name, "curvdiag, graphs rebuilt", rebuilt, REBUILT, self._difference("rebuilt")),
+            row_of(section, self.name, "curvdiag, graphs kept", kept, KEPT[self.name], note),
+            row_of(section, self.name, "curvdiag, graphs rebuilt", rebuilt, REBUILT, self._difference("rebuilt")),
         ]
         for peer in self.peers:
-            rows.append(_row(section, self.name, peer.name, timings[peer.name], None, self._difference(peer.name)))
+            rows.append(row_of(section, self.name, peer.name, timings[peer.name], None, self._difference(peer.name)))
         return rows
 
     def slq(self, steps: int, rounds: int) -> list[Row]:
@@ -136,13 +138,13 @@ class Bench:
         return pauses.ratios(steps * PROBES)
 
     def _difference(self, name: str) -> str:
-        text = f"product differs from curvdiag's by {_relative(self.theirs[name], self.ours):.0e}"
+        text = f"product differs from curvdiag's by {relative(self.theirs[name], self.ours):.0e}"
         if self.agrees(name):
             return text
         truth = self.referee()
         return (
             f"void: {text}; from central differences in float64, curvdiag's differs by "
-            f"{_relative(self.ours, truth):.0e}, its own by {_relative(self.theirs[name], truth):.0e}"
+            f"{relative(self.ours, truth):.0e}, its own by {relative(self.theirs[name], truth):.0e}"
         )
 
 
@@ -190,16 +192,21 @@ def main() -> int:
         console.print(f"{time.perf_counter() - begun:5.0f} s  {text}", style="dim", highlight=False)
 
     products: list[Row] = []
+    noise: list[Row] = []
     densities: list[Row] = []
     shares: list[Row] = []
     steps = 16 if options.quick else STEPS
-    if {"products", "slq"} & set(options.only):
+    if {"products", "noise", "slq"} & set(options.only):
         for name, make in NETS.items():
             tell(f"{name}: operators and peers")
             bench = Bench(name, make, quick=options.quick)
             if "products" in options.only:
                 tell(f"{name}: products")
                 products += bench.products(options.rounds)
+            if "noise" in options.only:
+                tell(f"{name}: covariance, Gauss-Newton matrix, moments")
+                noise += covariance_products(name, bench.model, bench.objective, bench.kept, bench.unit, options.rounds)
+                noise += moments_rows(name, bench.model, bench.batches, bench.unit, options.rounds)
             if "slq" in options.only:
                 tell(f"{name}: densities")
                 densities += bench.slq(steps, options.slq_rounds)
@@ -209,7 +216,7 @@ def main() -> int:
             length = options.seconds * (0.1 / fraction)
             shares += monitor_rows(fraction, seconds=length, pairs=options.pairs, tell=tell)
 
-    rows = products + densities + shares
+    rows = products + noise + densities + shares
     tell("done")
     console.print()
     report.show(rows, console)
@@ -246,12 +253,6 @@ def arguments() -> argparse.Namespace:
     return options
 
 
-def _row(section: str, net: str, what: str, timing: Timing, target: float | None, note: str) -> Row:
-    text = "" if target is None else f"at most {target}"
-    holds = None if target is None else timing.median <= target
-    return Row(section, net, what, timing.median, *timing.quartiles, text, holds, note)
-
-
 def _product(peer: Peer, argument: object) -> Callable[[], object]:
     return lambda: peer.multiply(argument)
 
@@ -262,10 +263,6 @@ def _density(peer: Peer) -> Callable[[], object]:
 
 def _short(note: str, steps: int) -> str:
     return note if steps == STEPS else f"{note}; {steps} steps only (--quick)"
-
-
-def _relative(one: Tensor, other: Tensor) -> float:
-    return float((one.double() - other.double()).norm() / other.double().norm())
 
 
 if __name__ == "__main__":

@@ -10,8 +10,9 @@ from importlib.metadata import PackageNotFoundError, version
 from curvdiag.errors import CurvdiagError, CurvdiagWarning
 from curvdiag.estimate import Estimate
 from curvdiag.monitor import CurvatureMonitor, Every, LogSpaced, Measurement, OverheadBudget
+from curvdiag.noise import ScalingResult, scaling_test
 from curvdiag.objective import Objective
-from curvdiag.operators import EmpiricalFisher, Hessian, NoiseCovariance, SymmetricOperator
+from curvdiag.operators import EmpiricalFisher, Fisher, GaussNewton, Hessian, NoiseCovariance, SymmetricOperator
 from curvdiag.record import RunStore
 from curvdiag.spectrum import (
     Eigenpairs,
@@ -38,6 +39,8 @@ __all__ = [
     "EmpiricalFisher",
     "Estimate",
     "Every",
+    "Fisher",
+    "GaussNewton",
     "Hessian",
     "LogSpaced",
     "Measurement",
@@ -45,12 +48,14 @@ __all__ = [
     "Objective",
     "OverheadBudget",
     "RunStore",
+    "ScalingResult",
     "SpectralDensity",
     "SymmetricOperator",
     "anisotropy",
     "diagonal",
     "frobenius_norm",
     "power_iteration",
+    "scaling_test",
     "spectral_density",
     "top_eigenpairs",
     "trace",

@@ -179,6 +179,16 @@ class Objective:
         """
         return self._moved(dtype).totals(self.model, place(batch, self.device, dtype))
 
+    def loss(self, dtype: torch.dtype | None = None) -> Loss:
+        """What the loss is made of, with its own tensors on the model's device (and in ``dtype``)."""
+        return self._moved(dtype)
+
+    def with_loss(self, loss: Loss, batches: list[Batch]) -> Objective:
+        """The same model, parameters and weights of samples, with another loss of other batches."""
+        twin = copy.copy(self)
+        twin._loss, twin._moved_losses, twin.batches = loss, {}, batches
+        return twin
+
     def _moved(self, dtype: torch.dtype | None) -> Loss:
         if dtype not in self._moved_losses:
             self._moved_losses[dtype] = self._loss.to(self.device, dtype)
@@ -211,6 +221,17 @@ class Objective:
         first = torch.zeros(self.size, dtype=torch.bool)
         first[order[: (self.size + 1) // 2]] = True
         return self._restricted(first), self._restricted(~first)
+
+    def restricted_to(self, selection: Selection) -> Objective:
+        """The same risk as a function of fewer parameters; the others stay as they are.
+
+        Raises:
+            ParameterError: The selection matches nothing.
+        """
+        block = copy.copy(self)
+        block.parameters = self.parameters.subset(self.parameters.select(selection, self._live))
+        block.__dict__.pop("_graph_bytes", None)  # the graphs of other parameters hold other things
+        return block
 
     def _restricted(self, kept: Tensor) -> Objective:
         half = copy.copy(self)

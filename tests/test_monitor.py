@@ -237,6 +237,8 @@ def test_weights_replaced_in_the_middle_of_a_run_are_the_ones_measured():
 BASE = {"curv/hessian/lambda_max", "curv/hessian/lambda_max_residual", "curv/hessian/trace"}
 ALWAYS = {"curv/cost/seconds", "curv/cost/gradients", "curv/cost/matvecs", "curv/overhead"}
 STANDARD = {"curv/hessian/lambda_min", "curv/hessian/frobenius_norm"}
+NOISE = {"noise/scale", "noise/scale_curvature", "noise/trace", "noise/cwgd"}
+NOISE |= {f"align/{name}{end}" for name in ("cosine", "commutator") for end in ("", "_baseline")}
 OPTIMIZER = {"train/lr/0", "train/momentum/0", "train/loss"}
 
 
@@ -254,6 +256,7 @@ def test_the_keys_of_the_table_are_there(preset, tmp_path):
             expected.remove("curv/anisotropy/condition_number")  # this Hessian is indefinite
         if preset == "full":
             expected |= {f"curv/layer/{name}/{what}" for name in "024" for what in ("lambda_max", "trace")}
+            expected |= NOISE
         assert set(monitor.latest.scalars) == expected
         blocks = {"light": [], "standard": [""], "full": ["", "0", "2", "4"]}[preset]
         assert sorted(block for _, block in monitor.latest.densities) == blocks

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from curvdiag import CurvatureMonitor, CurvdiagWarning, LogSpaced, Objective, OverheadBudget, RunStore
 from curvdiag.errors import ArgumentError, CurvdiagError, NonFiniteError, SecondDerivativeError, StoreError
+from curvdiag.monitor.measurement import Found
 
 SHARE = "measuring every"
 
@@ -103,11 +104,11 @@ def clock(monkeypatch, model, *, step, measurement, error=None):
     def took(seconds):
         now[0] += seconds
 
-    def measured(objective, settings):
+    def measured(objective, settings, strict):
         took(measurement)
         if error is not None:
             raise error
-        return {"curv/hessian/lambda_max": 1.0}, {}, [], 1
+        return Found({"curv/hessian/lambda_max": 1.0}, {}, [], 1)
 
     monkeypatch.setattr("curvdiag.monitor.monitor.measure", measured)
     monkeypatch.setattr(Objective, "gradient", lambda self: took(0.01))

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from curvdiag import Hessian, Objective
 from curvdiag.data import sample_count
-from curvdiag.operators.graphs import Graph
+from curvdiag.operators.gradient_graph import GradientGraph as Graph
 from curvdiag.operators.plan import GraphBytes, lay_out
 
 

@@ -13,10 +13,11 @@ from curvdiag.cli.demo import demo
 from curvdiag.cli.export import export
 from curvdiag.cli.plot import plot
 from curvdiag.cli.runs import runs
+from curvdiag.cli.scaling import scaling
 from curvdiag.cli.verify import verify
 from curvdiag.errors import CurvdiagError
 
-COMMANDS = (demo, plot, runs, export, verify)
+COMMANDS = (demo, plot, runs, export, verify, scaling)
 
 app = typer.Typer(
     name="curvdiag",

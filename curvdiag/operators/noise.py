@@ -10,6 +10,8 @@ from torch import Tensor
 from curvdiag.errors import ArgumentError, LossError
 from curvdiag.objective import Objective
 from curvdiag.operators.base import Cost
+from curvdiag.operators.gradient_graph import GradientGraph
+from curvdiag.operators.gram import Gram, gram
 from curvdiag.operators.graphs import GraphEngine
 from curvdiag.operators.objective_operator import ObjectiveOperator
 
@@ -22,16 +24,22 @@ class EmpiricalFisher(ObjectiveOperator):
 
     Args:
         objective: Its losses must be known for each sample.
+        graphs: An exact Hessian, or another such matrix, of the same objective: work on its graphs, at its weights,
+            instead of building more. Then it has said the following.
         dtype, share, memory, micro_batch: As in :class:`~curvdiag.operators.Hessian`.
 
     Raises:
         LossError: The loss gives only a mean, or BatchNorm in train mode couples the samples.
+        ArgumentError: ``graphs`` belongs to another objective or holds other graphs.
     """
+
+    _engine: GraphEngine[GradientGraph]
 
     def __init__(
         self,
         objective: Objective,
         *,
+        graphs: ObjectiveOperator | None = None,
         dtype: torch.dtype | None = None,
         share: bool = False,
         memory: int | None = None,
@@ -40,8 +48,13 @@ class EmpiricalFisher(ObjectiveOperator):
         if not objective.per_sample:
             raise LossError(f"{type(self).__name__} needs the loss of each sample: {objective.why()}")
         started = time.perf_counter()
-        super().__init__(objective, dtype, share, memory)
-        self._engine: GraphEngine = GraphEngine(objective, self._weights, dtype, memory, micro_batch)
+        if graphs is not None:
+            alone = dtype is None and memory is None and micro_batch is None and not share
+            self._engine, self.cost = _borrowed(graphs, objective, alone=alone), Cost()
+        super().__init__(objective, dtype, share, memory, graphs)
+        if graphs is not None:
+            return
+        self._engine = GraphEngine(objective, self._weights, dtype, memory, micro_batch)
         self.cost = Cost(0, self._engine.graphs_built, time.perf_counter() - started)
 
     def _multiply(self, rows: Tensor) -> Tensor:
@@ -66,11 +79,13 @@ class NoiseCovariance(EmpiricalFisher):
         replacement: How mini-batches are drawn.
         population: ``M``, the size of the training set; must be given for ``replacement=False``, since the objective
             usually holds a small part of it.
+        graphs: An exact Hessian, or another such matrix, of the same objective, whose graphs serve both.
         dtype, share, memory, micro_batch: As in :class:`~curvdiag.operators.Hessian`.
 
     Raises:
         LossError: The loss gives only a mean, or BatchNorm in train mode couples the samples.
-        ArgumentError: The sizes make no sense, or the population is missing.
+        ArgumentError: The sizes make no sense, the population is missing, or ``graphs`` does not belong to the
+            objective.
     """
 
     def __init__(
@@ -80,17 +95,45 @@ class NoiseCovariance(EmpiricalFisher):
         replacement: bool = True,
         *,
         population: int | None = None,
+        graphs: ObjectiveOperator | None = None,
         dtype: torch.dtype | None = None,
         share: bool = False,
         memory: int | None = None,
         micro_batch: int | None = None,
     ) -> None:
         self.scale = _mini_batch_scale(batch_size, replacement, population)
-        super().__init__(objective, dtype=dtype, share=share, memory=memory, micro_batch=micro_batch)
+        super().__init__(objective, graphs=graphs, dtype=dtype, share=share, memory=memory, micro_batch=micro_batch)
 
     def _shaped(self, dots: Tensor) -> Tensor:
         # Centred before the gradients are gathered: g (g . v) subtracted afterwards would cancel.
         return self.scale * (dots - dots.mean(dim=1, keepdim=True))
+
+    def gram(self, *, memory: int | None = None) -> Gram:
+        """All nonzero eigenvalues, exactly, from the ``[N, N]`` matrix of products of per-sample gradients.
+
+        Args:
+            memory: Bytes it may take; half of what is free by default.
+
+        Raises:
+            TooLargeError: The matrix does not fit.
+        """
+        self.refresh()
+        dtype = self._engine.dtype
+        return gram(self.objective, self._weights, dtype, self._positions, self.scale, memory=memory)
+
+
+def _borrowed(graphs: ObjectiveOperator, objective: Objective, *, alone: bool) -> GraphEngine[GradientGraph]:
+    engine = getattr(graphs, "_engine", None)
+    if not isinstance(engine, GraphEngine) or engine.kind is not GradientGraph:
+        raise ArgumentError(
+            f"graphs= takes a Hessian(method='exact'), NoiseCovariance or EmpiricalFisher, not {graphs!r}, which holds "
+            "no graph of per-sample gradients"
+        )
+    if graphs.objective is not objective:
+        raise ArgumentError("graphs= holds graphs of another objective: make both operators from the same one")
+    if not alone:
+        raise ArgumentError("graphs= comes with its dtype, share, memory and micro_batch: leave these out")
+    return engine
 
 
 def _mini_batch_scale(batch_size: int | None, replacement: bool, population: int | None) -> float:

@@ -6,7 +6,7 @@ import abc
 import copy
 import time
 from collections.abc import Sequence
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -22,11 +22,23 @@ from curvdiag.weights import Weights
 
 
 class ObjectiveOperator(SymmetricOperator):
-    """A symmetric matrix over an objective's parameters, at the weights that it had when the operator was made."""
+    """A symmetric matrix over an objective's parameters, at the weights that it had when the operator was made.
 
-    _engine: GraphEngine | FiniteDifferenceEngine
+    With ``graphs``, another such matrix whose graphs it works on, these are the weights of that one.
+    """
 
-    def __init__(self, objective: Objective, dtype: torch.dtype | None, share: bool, memory: int | None) -> None:
+    _engine: GraphEngine[Any] | FiniteDifferenceEngine
+    _weights: Weights
+    _fingerprint: Tensor | None
+
+    def __init__(
+        self,
+        objective: Objective,
+        dtype: torch.dtype | None,
+        share: bool,
+        memory: int | None,
+        graphs: ObjectiveOperator | None = None,
+    ) -> None:
         if share and dtype is not None:
             raise ArgumentError("share=True works on the model's own weights and cannot change their dtype")
         if dtype is not None and not dtype.is_floating_point:
@@ -35,12 +47,15 @@ class ObjectiveOperator(SymmetricOperator):
             raise ArgumentError(f"memory is a number of bytes, not {memory}")
         self.objective = objective
         self.parameters = objective.parameters
-        self.dtype = dtype or objective.dtype
+        self.dtype = graphs.dtype if graphs is not None else dtype or objective.dtype
         self.device = objective.device
         self.size = self.parameters.size
         self._positions: Sequence[int] = range(len(self.parameters))
-        self._weights: Weights = objective.weights(dtype=dtype, share=share)
-        self._fingerprint = _fingerprint(self._live()) if share else None
+        if graphs is None:
+            self._weights = objective.weights(dtype=dtype, share=share)
+            self._fingerprint = _fingerprint(self._live()) if share else None
+        else:
+            self._weights, self._fingerprint = graphs._weights, graphs._fingerprint
 
     @abc.abstractmethod
     def _multiply(self, rows: Tensor) -> Tensor:

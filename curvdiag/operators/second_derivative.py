@@ -23,17 +23,23 @@ from curvdiag.objective import Objective, gradient
 from curvdiag.operators.finite_difference import FiniteDifferenceEngine
 from curvdiag.weights import Weights
 
-_REMEDY = "write its backward pass with differentiable operations, or use method='finite-difference'"
+_REMEDY = "write its backward pass with differentiable operations, or use Hessian(method='finite-difference')"
 
 
 def check_nodes(
-    objective: Objective, loss: Tensor, parameters: Mapping[str, Tensor], rerun: Callable[[], Tensor]
+    objective: Objective,
+    loss: Tensor,
+    parameters: Mapping[str, Tensor],
+    rerun: Callable[[], Tensor],
+    *,
+    of_model: bool = True,
 ) -> bool:
     """Refuse functions that cannot be differentiated twice; warn once of those that might hide a dependence.
 
     Args:
         parameters: The model's own, which the graph of its copies must not contain.
         rerun: Repeats the forward pass, to find out which module a function belongs to.
+        of_model: The model's own second derivative is needed; without it no custom function is warned of.
 
     Returns:
         Whether there is a function of which this is the first warning.
@@ -58,7 +64,7 @@ def check_nodes(
         if function is torch.utils.checkpoint.CheckpointFunction:
             raise SecondDerivativeError(
                 f"reentrant checkpointing in {_owner(objective, function, rerun)} has no second derivative: use "
-                "torch.utils.checkpoint.checkpoint(..., use_reentrant=False), or method='finite-difference'"
+                "torch.utils.checkpoint.checkpoint(..., use_reentrant=False), or Hessian(method='finite-difference')"
             )
         backward = function.backward if function.vjp is torch.autograd.Function.vjp else function.vjp  # its alias
         code = getattr(backward, "__code__", None)
@@ -66,7 +72,7 @@ def check_nodes(
             raise SecondDerivativeError(
                 f"{function.__name__} in {_owner(objective, function, rerun)} is marked once-differentiable: {_REMEDY}"
             )
-        if function not in warned and not function.__module__.startswith("torch."):
+        if of_model and function not in warned and not function.__module__.startswith("torch."):
             warned[function] = f"{function.__name__} in {_owner(objective, function, rerun)}"
             warnings.warn(
                 f"the custom function {warned[function]} may hide a "
@@ -117,7 +123,7 @@ def missing_derivatives() -> Iterator[None]:
         if "is not implemented" in str(error) or "twice" in str(error):
             raise SecondDerivativeError(
                 f"{str(error).splitlines()[0]}: an operation of the model or the loss has no second derivative; use "
-                "another, or method='finite-difference'"
+                "another, or Hessian(method='finite-difference')"
             ) from error
         raise
 

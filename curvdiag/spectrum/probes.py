@@ -10,9 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from curvdiag.errors import ArgumentError
-
-Seed = int | torch.Generator
+from curvdiag.seeds import Seed, resolve_seed, stream
 
 
 def rademacher(
@@ -28,7 +26,7 @@ def rademacher(
     seed = resolve_seed(seed)
     rows = torch.empty(count, size, dtype=dtype, device=device)
     for i in range(count):
-        words = _stream(seed, first + i, 0).random_raw(-(-size // 64)).astype("<u8", copy=False)
+        words = stream(seed, first + i, 0).random_raw(-(-size // 64)).astype("<u8", copy=False)
         signs = np.unpackbits(words.view(np.uint8), count=size).view(np.int8)
         rows[i].copy_(torch.from_numpy(signs)).mul_(2).sub_(1)
     return rows
@@ -50,19 +48,6 @@ def gaussian(
     seed = resolve_seed(seed)
     rows = torch.empty(count, size, dtype=dtype, device=device)
     for i in range(count):
-        draw = np.random.Generator(_stream(seed, first + i, 1)).standard_normal(size, dtype=np.float32)
+        draw = np.random.Generator(stream(seed, first + i, 1)).standard_normal(size, dtype=np.float32)
         rows[i].copy_(torch.from_numpy(draw))
     return rows
-
-
-def resolve_seed(seed: Seed) -> int:
-    """A seed as a non-negative integer; a generator gives its next number, and so advances."""
-    if isinstance(seed, torch.Generator):
-        return int(torch.randint(2**63 - 1, (), generator=seed, device=seed.device))
-    if isinstance(seed, bool) or not isinstance(seed, int | np.integer):
-        raise ArgumentError(f"a seed is an integer or a torch.Generator, not {type(seed).__name__}")
-    return int(seed) % 2**64
-
-
-def _stream(seed: int, index: int, kind: int) -> np.random.Philox:
-    return np.random.Philox(np.random.SeedSequence([seed, index, kind]))

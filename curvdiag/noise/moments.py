@@ -1,0 +1,135 @@
+"""First and second moments of per-sample gradients, in one pass over the data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from curvdiag.objective import Objective
+from curvdiag.results import Result
+from curvdiag.samples.streaming import all_totals, require_samples, result_dtype
+from curvdiag.samples.totals import Totals
+
+
+@dataclass(frozen=True)
+class BlockMoments(Result):
+    """Of the parameters of one layer.
+
+    Attributes:
+        mean_norm: Norm of the mean gradient.
+        trace: Trace of the covariance of per-sample gradients.
+        norms: Norms ``[N]`` of the per-sample gradients.
+    """
+
+    mean_norm: float
+    trace: float
+    norms: Tensor
+
+
+@dataclass(frozen=True)
+class GradientMoments(Result):
+    """Moments of the per-sample gradients ``g_i``, whose covariance is ``C = (1/N) sum_i g_i g_i^T - g g^T``.
+
+    Attributes:
+        mean: The gradient ``g`` ``[P]``.
+        diagonal: The diagonal of C ``[P]``, of single samples.
+        trace: ``tr C``.
+        norms: ``||g_i||`` ``[N]``, in the order of the objective's samples.
+        samples: N.
+        blocks: The same by layer.
+        ways: How each parameter was computed, by name: ``"rule"``, or the slower ``"vmap"`` or ``"backward"``.
+    """
+
+    mean: Tensor
+    diagonal: Tensor
+    trace: float
+    norms: Tensor
+    samples: int
+    blocks: dict[str, BlockMoments]
+    ways: dict[str, str]
+
+    def __str__(self) -> str:
+        mean, root = float(self.mean.double().norm()), max(self.trace, 0.0) ** 0.5
+        lines = [f"gradients of {self.samples:,} samples: norm of the mean {mean:.4g}, root of tr C {root:.4g}"]
+        lines += [
+            f"{name}: mean {block.mean_norm:.4g}, root of trace {max(block.trace, 0.0) ** 0.5:.4g}"
+            for name, block in self.blocks.items()
+        ]
+        return "\n".join(lines)
+
+
+def gradient_moments(objective: Objective, *, dtype: torch.dtype | None = None) -> GradientMoments:
+    """Mean, diagonal of the covariance, its trace, and norms of per-sample gradients at the present weights.
+
+    One forward and one backward pass over the data. For linear layers and convolutions, embeddings and norms the sums
+    over samples follow from activations and output gradients (Goodfellow, 2015, arXiv:1510.01799; Dangel et al., 2020,
+    arXiv:1912.10985); no per-sample gradient is kept. The rules are checked against single backward passes on the
+    objective's first use, and what they do not cover is computed in slower ways: see ``ways``.
+
+    Args:
+        objective: Its losses must be known for each sample.
+        dtype: To compute in.
+
+    Raises:
+        LossError: The loss gives only a mean, or BatchNorm in train mode couples the samples.
+        NonFiniteError: The loss is NaN or infinite.
+    """
+    require_samples(objective, "gradient moments")
+    scale = objective.size / objective.total_weight
+    weights, layout = objective.weights(dtype=dtype, share=dtype is None), objective.parameters
+    kind = result_dtype(objective, dtype)
+    sums: list[Totals] = []
+    ways = ["rule"] * len(layout)
+    for group, (_, found, plan) in enumerate(all_totals(objective, weights, dtype)):
+        # Sums within a group are in the working precision, sums over groups in double.
+        sums = (
+            found
+            if group == 0
+            else [(one.double() if group == 1 else one) + new for one, new in zip(sums, found, strict=True)]
+        )
+        ways = [max(a, b, key=_ORDER.index) for a, b in zip(ways, plan.ways, strict=True)]
+    mean, diagonal = (torch.empty(layout.size, dtype=kind, device=objective.device) for _ in range(2))
+    lengths = _finish(sums, layout.views(mean), layout.views(diagonal), objective)
+    squares = torch.stack([t.norms.double() for t in sums]) * scale**2
+    traces = squares.mean(1) - lengths
+    blocks = {}
+    for name, members in layout.layers().items():
+        rows = [layout.names.index(member) for member in members]
+        blocks[name] = BlockMoments(
+            float(lengths[rows].sum().sqrt()),
+            float(traces[rows].sum().clamp(min=0.0)),
+            squares[rows].sum(0).sqrt().to(kind),
+        )
+    return GradientMoments(
+        mean,
+        diagonal,
+        float(traces.sum().clamp(min=0.0)),
+        squares.sum(0).sqrt().to(kind),
+        objective.size,
+        blocks,
+        dict(zip(layout.names, ways, strict=True)),
+    )
+
+
+_ORDER = ("rule", "vmap", "backward")
+
+
+def _finish(sums: list[Totals], means: list[Tensor], diagonals: list[Tensor], objective: Objective) -> Tensor:
+    """Write means and variances, a parameter at a time; returns the squared norms of the means."""
+    count, scale = objective.size, objective.size / objective.total_weight
+    lengths = []
+    for own, mean, diagonal in zip(sums, means, diagonals, strict=True):
+        if own.first.dtype == mean.dtype:  # written where it belongs: on a fast net every pass over P numbers counts
+            first, second = (
+                torch.mul(own.first, scale / count, out=mean),
+                torch.mul(own.second, scale**2 / count, out=diagonal),
+            )
+            second.addcmul_(first, first, value=-1).clamp_(min=0.0)
+        else:
+            first, second = own.first * (scale / count), own.second * (scale**2 / count)
+            mean.copy_(first)
+            diagonal.copy_(second.addcmul_(first, first, value=-1).clamp_(min=0.0))
+        lengths.append(first.flatten().dot(first.flatten()).double())
+    return torch.stack(lengths)

@@ -1,0 +1,62 @@
+"""The generalised Gauss-Newton matrix: the Hessian without the curvature of the model itself."""
+
+from __future__ import annotations
+
+import functools
+import time
+
+import torch
+from torch import Tensor
+
+from curvdiag.objective import Objective
+from curvdiag.operators.base import Cost
+from curvdiag.operators.graphs import GraphEngine
+from curvdiag.operators.objective_operator import ObjectiveOperator
+from curvdiag.operators.output_graph import OutputGraph
+from curvdiag.operators.outputs import Pick
+
+
+class GaussNewton(ObjectiveOperator):
+    """``G = (1/N) sum_i w_i J_i^T (hess_z l_i) J_i``, where ``J_i`` is the Jacobian of the outputs ``z_i``.
+
+    It is the Hessian of the objective with the model replaced by its linearisation, and positive semi-definite
+    where the loss is convex in the outputs. The Hessian of the loss in the outputs is in closed form for
+    cross-entropy, squared error and binary cross-entropy with logits, and a second backward pass through the loss
+    otherwise; it is never a matrix over classes. The loss may give only a mean, and BatchNorm may be in train mode.
+
+    Args:
+        objective: Its loss calls the model once, and depends on the parameters only through the outputs.
+        outputs: Picks the tensor ``z`` (the logits) out of what the model returns. By default what it returns, or the
+            ``logits`` in it.
+        dtype, share, memory, micro_batch: As in :class:`~curvdiag.operators.Hessian`.
+
+    Raises:
+        LossError: The outputs cannot be found, are not the only way from the parameters to the loss, or the loss is
+            linear in them.
+        SecondDerivativeError: A derivative is missing or wrong.
+        NonFiniteError: The loss or its gradient is not finite.
+
+    Source: Schraudolph, "Fast curvature matrix-vector products for second-order gradient descent", 2002.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        *,
+        outputs: Pick | None = None,
+        dtype: torch.dtype | None = None,
+        share: bool = False,
+        memory: int | None = None,
+        micro_batch: int | None = None,
+    ) -> None:
+        started = time.perf_counter()
+        super().__init__(objective, dtype, share, memory)
+        build = functools.partial(OutputGraph, pick=outputs)
+        self._engine = GraphEngine(objective, self._weights, dtype, memory, micro_batch, build)
+        self.cost = Cost(0, self._engine.graphs_built, time.perf_counter() - started)
+
+    def _multiply(self, rows: Tensor) -> Tensor:
+        return self._engine.multiply(rows, self._positions)
+
+    def __repr__(self) -> str:
+        return f"GaussNewton({self.size:,} parameters, {self.dtype}, {self.plan})"

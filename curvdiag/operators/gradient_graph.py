@@ -1,0 +1,97 @@
+"""The gradient of a group of samples as a graph: its derivatives are products with the Hessian and with C.
+
+It is the gradient of ``sum_i s_i t_i / total_weight`` in the weights, where ``s`` holds one weight for each sample
+(all ones). Its derivative in the weights along ``v`` is the Hessian product; its derivative in ``s`` is
+``v . grad t_i``, the product with the matrix of per-sample gradients. Both come out of one backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+
+from curvdiag.operators.kept_graph import KeptGraph, watched_hooks
+from curvdiag.operators.second_derivative import (
+    check_against_differences,
+    check_nodes,
+    check_symmetry,
+    check_truly_zero,
+)
+
+
+class GradientGraph(KeptGraph):
+    """The gradient of one group of samples as a function of weights and sample weights; its matrix is the Hessian."""
+
+    def _build(self, live: Mapping[str, Tensor]) -> None:
+        self.cleared: set[int] = set()
+        self.suspicious = False
+        with watched_hooks() as hooks:
+            totals = self.objective.totals(self.batch, self.dtype)
+        self.recomputes = bool(hooks)
+        self.sample_weights = torch.ones_like(totals, requires_grad=True)
+        loss = (totals * self.sample_weights).sum() / self.objective.total_weight
+        if not self.checked:
+            rerun = lambda: self.objective.totals(self.batch, self.dtype)  # noqa: E731
+            self.suspicious = check_nodes(self.objective, loss, live, rerun)
+        gradients = torch.autograd.grad(loss, self.weights.chosen, create_graph=True, allow_unused=True)
+        if not self.checked:
+            self._check_finite(loss, gradients)
+            self._check_constant(gradients)
+        self._take_edges(gradients)
+        self.totals = get_gradient_edge(totals) if totals.requires_grad else None
+
+    def _verify(self) -> None:
+        if self.suspicious:
+            check_against_differences(self.objective, self.weights, self.batch, self.dtype, self.whole)
+        if not self.objective.__dict__.get("_symmetric"):
+            check_symmetry(self.objective, self.dtype, self.whole)
+            self.objective.__dict__["_symmetric"] = True
+
+    def _check_constant(self, gradients: Sequence[Tensor | None]) -> None:
+        """The gradient is constant only in parameters whose second derivative is truly zero."""
+        constant = [i for i, g in enumerate(gradients) if g is not None and not g.requires_grad and self.nonzero[i]]
+        check_truly_zero(self.objective, self.weights, [self.batch], constant, self.dtype)
+
+    def multiply(self, vectors: Sequence[Tensor], positions: Sequence[int], *, keep: bool) -> list[Tensor | None]:
+        """The Hessian's rows at ``positions`` times a vector that is zero elsewhere; None is zero."""
+        terms = self._terms(vectors, positions)
+        leaves = [self.weights.chosen[i] for i in positions]
+        if not terms:
+            return [None] * len(positions)
+        products = self._backward(terms, leaves, keep=keep or not self.checked)
+        if not self.checked:
+            self._check_missing([i for i, product in zip(positions, products, strict=True) if product is None])
+            self.checked = len(positions) == len(self.edges)
+        return list(products)
+
+    def along(self, vectors: Sequence[Tensor], positions: Sequence[int], *, keep: bool) -> Tensor:
+        """Derivative ``[B]`` of each sample's share of the objective: ``v . grad t_i / total_weight``."""
+        terms = self._terms(vectors, positions)
+        dots = self._backward(terms, [self.sample_weights], keep=keep)[0] if terms else None
+        return torch.zeros_like(self.sample_weights) if dots is None else dots
+
+    def gather(self, coefficients: Tensor, positions: Sequence[int], *, keep: bool) -> list[Tensor | None]:
+        """``sum_i c_i grad t_i`` over the parameters at ``positions``, for coefficients ``[B]``; None is zero."""
+        if self.totals is None:
+            return [None] * len(positions)
+        leaves = [self.weights.chosen[i] for i in positions]
+        return list(self._backward([(self.totals, coefficients)], leaves, keep=keep))
+
+    def _check_missing(self, positions: Sequence[int]) -> None:
+        """Parameters that a product did not reach: does any second derivative, if they have a gradient?"""
+        edges = [edge for edge in self.edges if edge is not None]
+        zeros = [torch.zeros_like(w) for w, edge in zip(self.weights.chosen, self.edges, strict=True) if edge]
+        for i in positions:
+            if not self.nonzero[i] or i in self.cleared:
+                continue
+
+            def reach(i: int = i) -> tuple[Tensor | None, ...]:
+                leaf = self.weights.chosen[i]
+                return torch.autograd.grad(edges, [leaf], zeros, retain_graph=True, allow_unused=True)
+
+            if self.objective.inside(self.weights, reach, twice=True)[0] is None:
+                check_truly_zero(self.objective, self.weights, [self.batch], [i], self.dtype)
+            self.cleared.add(i)

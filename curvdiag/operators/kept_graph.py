@@ -1,0 +1,133 @@
+"""What all kept graphs have in common: they are built once, checked, and walked backwards for each product."""
+
+from __future__ import annotations
+
+import abc
+import math
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
+
+from curvdiag.data import Batch
+from curvdiag.errors import NonFiniteError
+from curvdiag.objective import Objective
+from curvdiag.operators.second_derivative import missing_derivatives
+from curvdiag.sandbox import numerics
+from curvdiag.weights import Weights
+
+
+class KeptGraph(abc.ABC):
+    """A symmetric matrix over the parameters, made by one group of samples.
+
+    Args:
+        trusted: The same graph was built and checked before.
+
+    Attributes:
+        reached: For each parameter, whether the loss depends on it.
+        edges: Where the gradient in each parameter is in the graph; None where nothing follows from it.
+        nonzero: For each parameter, whether its gradient is not zero.
+        recomputes: A backward pass runs parts of the model again (checkpointing).
+        checked: No derivative is missing.
+    """
+
+    reached: list[bool]
+    edges: list[GradientEdge | None]
+    nonzero: list[bool]
+    recomputes: bool
+
+    def __init__(
+        self, objective: Objective, weights: Weights, batch: Batch, dtype: torch.dtype | None, *, trusted: bool = False
+    ) -> None:
+        self.objective, self.weights, self.batch, self.dtype = objective, weights, batch, dtype
+        self.checked = trusted
+        live = dict(objective.model.named_parameters())
+        with missing_derivatives():
+            objective.inside(weights, lambda: self._build(live), twice=True)
+        self._verify()
+
+    @abc.abstractmethod
+    def _build(self, live: Mapping[str, Tensor]) -> None:
+        """Build the graph; called in the sandbox, with the parameters of the live model."""
+
+    @abc.abstractmethod
+    def _verify(self) -> None:
+        """Checks that need the finished graph."""
+
+    @abc.abstractmethod
+    def multiply(self, vectors: Sequence[Tensor], positions: Sequence[int], *, keep: bool) -> list[Tensor | None]:
+        """The matrix's rows at ``positions`` times a vector that is zero elsewhere; None is zero."""
+
+    def whole(self, vector: Tensor) -> Tensor:
+        """The product with one flat vector ``[P]``."""
+        layout, chosen = self.objective.parameters, self.weights.chosen
+        vectors = [v.to(w.dtype) for v, w in zip(layout.views(vector), chosen, strict=True)]
+        with numerics(vector.device):
+            products = self.multiply(vectors, range(len(chosen)), keep=True)
+        return layout.flatten(
+            torch.zeros_like(w) if p is None else p for p, w in zip(products, chosen, strict=True)
+        ).to(vector)
+
+    def _take_edges(self, gradients: Sequence[Tensor | None]) -> None:
+        """Keep where the gradients are in the graph, and not their values."""
+        self.reached = [g is not None for g in gradients]
+        self.edges = [
+            None if g is None or not g.requires_grad else get_gradient_edge(g.clone() if g.is_leaf else g)
+            for g in gradients
+        ]
+
+    def _check_finite(self, loss: Tensor, gradients: Sequence[Tensor | None]) -> None:
+        norms = torch.stack([torch.zeros_like(loss) if g is None else g.detach().norm().to(loss) for g in gradients])
+        sizes = torch.cat([loss.detach()[None], norms]).tolist()
+        if not all(map(math.isfinite, sizes)):
+            where = self.objective.first_bad_batch(self.weights, self.dtype)
+            raise NonFiniteError(f"{where}; there is no curvature at these weights")
+        self.nonzero = [size > 0 for size in sizes[1:]]
+
+    def _terms(self, vectors: Sequence[Tensor], positions: Sequence[int]) -> list[tuple[GradientEdge, Tensor]]:
+        edges = (self.edges[i] for i in positions)
+        return [(edge, vector) for edge, vector in zip(edges, vectors, strict=True) if edge is not None]
+
+    def _backward(
+        self,
+        terms: Sequence[tuple[GradientEdge, Tensor]],
+        leaves: Sequence[Tensor | GradientEdge],
+        *,
+        keep: bool,
+    ) -> tuple[Tensor | None, ...]:
+        """One backward pass from some edges of the graph, with what flows into them, to ``leaves``."""
+        edges, outer = zip(*terms, strict=True)
+
+        def backward() -> tuple[Tensor | None, ...]:
+            return torch.autograd.grad(edges, leaves, outer, retain_graph=keep, allow_unused=True)  # type: ignore[arg-type]
+
+        with missing_derivatives():
+            return self.objective.inside(self.weights, backward, twice=True) if self.recomputes else backward()
+
+
+@contextmanager
+def watched_hooks() -> Iterator[list[type]]:
+    """Kinds of saved-tensor hooks that a forward pass enters.
+
+    Checkpointing uses them to run the model again in each backward pass, which then must find the weights of the
+    graph in it. PyTorch has no other sign of it when the checkpointed function is not a module.
+    """
+    seen: list[type] = []
+    with _WATCHING:
+        enter = saved_tensors_hooks.__enter__
+
+        def watch(hooks: saved_tensors_hooks) -> None:
+            seen.append(type(hooks))
+            enter(hooks)
+
+        saved_tensors_hooks.__enter__ = watch  # type: ignore[method-assign]
+        try:
+            yield seen
+        finally:
+            saved_tensors_hooks.__enter__ = enter  # type: ignore[method-assign]
+
+
+_WATCHING = threading.RLock()
