@@ -23,8 +23,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED)  ## Train a small network with the monitor attached; pictures in runs/demo/
 	$(BIN)/curvdiag demo --out runs/demo
 
-figures: demo  ## Remake the picture of the README
+figures: demo  ## Remake the pictures of the README and of docs/ (those of MNIST where CURVDIAG_DATA names its folder)
 	cp runs/demo/heatmap.png figures/demo_heatmap.png
+	@if [ -n "$$CURVDIAG_DATA" ]; then $(BIN)/python -m curvdiag.experiments.superlinear --out figures; \
+	  else echo "figures/superlinear.png stays as it is: CURVDIAG_DATA names no folder"; fi
 
 test: $(INSTALLED) lint types  ## Lint, types and the test suite
 	$(BIN)/python -m pytest

@@ -31,7 +31,8 @@ def test_a_code_block_runs(block: str, tmp_path: Path, monkeypatch: pytest.Monke
         optimizer.step()  # type: ignore[attr-defined]
         names["monitor"].close()  # type: ignore[attr-defined]
         assert names["monitor"].latest.step == 1  # type: ignore[attr-defined]
-    assert {path.name for path in tmp_path.iterdir()} == {"run.db"} if "monitor" in names else {"density.png"}
+    expected = {name for name in ("run.db", "density.png", "scaling.png") if f'"{name}"' in block}
+    assert {path.name for path in tmp_path.iterdir()} == expected != set()
 
 
 def test_every_file_that_it_links_to_is_there() -> None:

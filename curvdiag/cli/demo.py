@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from curvdiag.noise import ScalingResult
 
 
 def demo(
@@ -14,7 +17,7 @@ def demo(
     ),
     epochs: Annotated[int, typer.Option(min=1, help="Epochs of training; one measurement each.")] = 20,
 ) -> None:
-    """Train a small convolutional net on digits with the monitor attached, and draw what it saw."""
+    """Train a small net on digits with the monitor attached, hold its noise against its curvature, and draw both."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -34,9 +37,19 @@ def demo(
         f"{result.accuracy:.1%} of the digits held out are recognised. Training and measuring took "
         f"{result.seconds:.0f} s, {result.overhead:.0%} of it measuring."
     )
+    console.print(noise_in_words(result.scaling), soft_wrap=True)
     console.print(f"Run file: {result.run_file}", soft_wrap=True)
     for path, what in result.pictures.items():
         console.print(f"{path}: {what}", soft_wrap=True)
+
+
+def noise_in_words(result: ScalingResult) -> str:
+    """What the test of C against H found, and the figure that decided it."""
+    verdict = result.verdict
+    return (
+        f"Is gradient noise C shaped like the curvature H? In the last layer after training, on samples held out: "
+        f"{verdict.word}. In C_ii ~ H_ii^gamma: {verdict.reasons[0]}."
+    )
 
 
 def summary(store):  # type: ignore[no-untyped-def]

@@ -1,4 +1,4 @@
-"""The demo: a small convolutional net learns digits with the monitor attached."""
+"""The demo: a small convolutional net learns digits with the monitor attached, and its noise is held against H."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from torch.utils.data import DataLoader, TensorDataset
 from curvdiag.errors import CurvdiagWarning
 from curvdiag.experiments.digits import digits, small_conv_net
 from curvdiag.monitor import CurvatureMonitor
+from curvdiag.noise import ScalingResult, scaling_test
 from curvdiag.objective import Objective
 from curvdiag.record import RunStore
 
 EPOCHS, BATCH, PROBE = 20, 64, 128
+BLOCK = "8.weight"  # the last layer, whose factors give H and C whole in a second
 CURVES = {
     "curv/hessian/lambda_max": "largest eigenvalue",
     "curv/hessian/trace": "trace",
@@ -34,8 +36,9 @@ class Demo:
         run_file: The run's file.
         pictures: What each picture shows, by path.
         accuracy: On the digits held out.
-        seconds: Training and measuring; the pictures come after.
+        seconds: Training and measuring; the test of C against H and the pictures come after.
         overhead: Share of it that went into measuring.
+        scaling: Gradient noise against curvature in the last layer at the end, on all digits trained on.
     """
 
     run_file: Path
@@ -43,10 +46,14 @@ class Demo:
     accuracy: float
     seconds: float
     overhead: float
+    scaling: ScalingResult
 
 
 def run_demo(folder: Path, *, epochs: int = EPOCHS, seed: int = 0, progress: Callable[[int, int], None]) -> Demo:
-    """Train, measure before the first step and after every epoch, and draw; ``progress`` gets (epoch, epochs)."""
+    """Train, measure before the first step and after every epoch, hold C against H at the end, and draw.
+
+    ``progress`` gets (epoch, epochs).
+    """
     folder.mkdir(parents=True, exist_ok=True)
     run_file = folder / "run.db"
     run_file.unlink(missing_ok=True)
@@ -56,14 +63,17 @@ def run_demo(folder: Path, *, epochs: int = EPOCHS, seed: int = 0, progress: Cal
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             started = time.perf_counter()
-            accuracy, overhead = _train(run_file, epochs, progress)
+            trained, accuracy, overhead = _train(run_file, epochs, progress)
             seconds = time.perf_counter() - started
+            scaling = scaling_test(trained, BLOCK, squares=False, duality=False, seed=seed)
     finally:
         torch.set_num_threads(threads)
-    return Demo(run_file, draw(run_file, folder), accuracy, seconds, overhead)
+    pictures = draw(run_file, folder) | draw_scaling(scaling, folder)
+    return Demo(run_file, pictures, accuracy, seconds, overhead, scaling)
 
 
-def _train(run_file: Path, epochs: int, progress: Callable[[int, int], None]) -> tuple[float, float]:
+def _train(run_file: Path, epochs: int, progress: Callable[[int, int], None]) -> tuple[Objective, float, float]:
+    """The trained net over all digits that it learned from, its accuracy on the others, and the monitor's share."""
     images, classes = digits()
     order = torch.randperm(len(images))
     train, test = order[300:], order[:300]
@@ -100,7 +110,8 @@ def _train(run_file: Path, epochs: int, progress: Callable[[int, int], None]) ->
         overhead = monitor.clock.measuring / monitor.clock.elapsed
     model.eval()
     with torch.no_grad():
-        return float((model(images[test]).argmax(1) == classes[test]).float().mean()), overhead
+        accuracy = float((model(images[test]).argmax(1) == classes[test]).float().mean())
+    return Objective(model, criterion, (images[train], classes[train])), accuracy, overhead
 
 
 def draw(run_file: Path, folder: Path) -> dict[Path, str]:
@@ -135,3 +146,16 @@ def draw(run_file: Path, folder: Path) -> dict[Path, str]:
             ax.label_outer()
         save(figure, "scalars.png", "lambda_max, trace and anisotropy over steps")
     return pictures
+
+
+def draw_scaling(result: ScalingResult, folder: Path) -> dict[Path, str]:
+    """The picture of C against H."""
+    from matplotlib.figure import Figure
+
+    from curvdiag import plotting
+
+    figure = Figure(figsize=(7.0, 5.2), layout="constrained")
+    plotting.scaling(result, ax=figure.subplots(), title=f"the last layer after training: {result.verdict.word}")
+    path = folder / "scaling.png"
+    figure.savefig(path, dpi=150)
+    return {path: "gradient noise C against curvature H in the last layer, direction by direction"}

@@ -27,7 +27,7 @@ def digits() -> tuple[Tensor, Tensor]:
 
 
 def small_conv_net(width: int = 12) -> nn.Module:
-    """Two convolutions with BatchNorm and a linear layer: 3,130 parameters at width 12."""
+    """Two convolutions with BatchNorm and a linear layer: 3,022 parameters at width 12."""
     return nn.Sequential(
         nn.Conv2d(1, width, 3, padding=1, bias=False),
         nn.BatchNorm2d(width),

@@ -7,7 +7,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -18,8 +18,9 @@ from torch.optim import Optimizer
 from curvdiag.errors import ArgumentError, CurvdiagWarning
 from curvdiag.monitor.cadence import Cadence, Every, LogSpaced, OverheadBudget
 from curvdiag.monitor.clock import Clock
-from curvdiag.monitor.measurement import Measurement, Preset, Settings, measure
+from curvdiag.monitor.measurement import Measurement, measure
 from curvdiag.monitor.recorder import Recorder
+from curvdiag.monitor.settings import Preset, Settings
 from curvdiag.monitor.training import as_number, optimizer_scalars, synchronize, was_skipped
 from curvdiag.objective import Objective
 from curvdiag.record import Run, RunStore
@@ -28,15 +29,16 @@ log = logging.getLogger(__name__)
 
 
 class CurvatureMonitor:
-    """Watches the Hessian of an objective over a training run.
+    """Watches the Hessian of an objective, and the noise of its gradients, over a training run.
 
     ::
 
         monitor = CurvatureMonitor(Objective(model, criterion, probe_batch), store="run.db")
         monitor.attach(optimizer)  # measures after optimizer.step(); the loop stays as it was
 
-    Training ends with the same bits as without the monitor. A measurement that fails is recorded and warned about
-    once, and training goes on. Forward hooks of the model run during measurements too, since layers may need them.
+    Training ends with the same bits as without the monitor. A measurement that fails, or a quantity of it, is recorded
+    and warned about once, and training goes on. Forward hooks of the model run during measurements too, since layers
+    may need them.
 
     ============================================  =================================================================
     key                                           what
@@ -47,8 +49,17 @@ class CurvatureMonitor:
     ``curv/hessian/frobenius_norm``               Frobenius norm, with standard error
     ``curv/anisotropy/<measure>``                 every measure of :func:`curvdiag.spectrum.anisotropy` that has a value
     ``curv/layer/<name>/lambda_max``, ``trace``   the same for the diagonal block of one layer
+    ``noise/scale``                               ``B_simple = tr C / |g|^2`` of the population, in samples; NaN where
+                                                  the probe set is too small to tell ``|g|^2`` from its noise
+    ``noise/scale_curvature``                     ``B_noise = tr(HC) / (g^T H g)`` of the probe set; NaN where the
+                                                  curvature along the gradient is not positive
+    ``noise/trace``                               ``tr C`` of the population, of single samples
+    ``noise/cwgd``                                ``2 tr((|H| + delta)^-1 C)`` of the probe set, ``delta`` 1e-3 of the
+                                                  largest Ritz value
+    ``align/cosine``, ``commutator``,             of C with H, see :func:`curvdiag.noise.alignment.alignment`; and with
+    ``cosine_baseline``, ``commutator_baseline``  random eigenvectors of the same spectra
     ``curv/cost/seconds``, ``gradients``,         what the measurement took: time, the same in gradients of the
-    ``matvecs``                                   objective, and Hessian products
+    ``matvecs``                                   objective, and products with H and C
     ``curv/overhead``                             share of the run's time that went into measuring so far
     ``train/loss``                                as given to :meth:`step` or :meth:`observe_loss`
     ``train/lr/<group>``, ``momentum``, ``p``     of each of the optimizer's parameter groups
@@ -63,11 +74,17 @@ class CurvatureMonitor:
         cadence: When to measure: a function of the step, ``Every``, ``LogSpaced`` or ``OverheadBudget``. By default
             ``OverheadBudget(0.1)``: a tenth of the run's time.
         preset: ``"light"`` (top eigenvalue, trace), ``"standard"`` (density and anisotropy as well) or ``"full"``
-            (each layer as well).
-        steps, probes, tol, seed: Of the measurement; see :class:`~curvdiag.monitor.measurement.Settings`.
+            (each layer, and gradient noise where single samples have losses of their own, as well).
+        measure: Single quantities instead of a preset, any of ``"lambda_max"``, ``"trace"``, ``"density"``,
+            ``"anisotropy"``, ``"layers"``, ``"noise_scale"``, ``"noise_trace"``, ``"cwgd"``, ``"alignment"``.
+        steps, probes, tol, seed: Of the measurement; see :class:`~curvdiag.monitor.settings.Settings`.
         steps_per_epoch: To record epochs without calls of :meth:`epoch`.
         strict: Raise what goes wrong instead of recording it.
         hessian: Further arguments of :class:`~curvdiag.operators.Hessian`.
+
+    Raises:
+        ArgumentError: Arguments that mean nothing, or ``preset`` and ``measure`` together.
+        LossError: ``measure`` names gradient noise, and the loss gives only a mean, or BatchNorm couples the samples.
 
     Attributes:
         steps_done: Optimizer steps counted so far.
@@ -83,7 +100,8 @@ class CurvatureMonitor:
         config: Mapping[str, Any] | None = None,
         every: int | None = None,
         cadence: Cadence | None = None,
-        preset: Preset = "standard",
+        preset: Preset | None = None,
+        measure: Sequence[str] | None = None,
         steps: int = 40,
         probes: int = 3,
         tol: float = 1e-2,
@@ -97,7 +115,10 @@ class CurvatureMonitor:
         if cadence is not None and not callable(cadence):
             raise ArgumentError(f"cadence= is a function of the step, not {cadence!r}; every={cadence!r} for a number")
         self.objective = objective
-        self.settings = Settings(preset, steps, probes, tol, seed, dict(hessian or {}))
+        self.settings = Settings(preset, steps, probes, tol, seed, dict(hessian or {}), measure)
+        obstacle = self.settings.obstacle(objective)
+        if obstacle is not None and measure is not None:
+            raise obstacle
         default = OverheadBudget(0.1) if every is None else Every(every)
         self.cadence: Cadence = default if cadence is None else cadence
         self.steps_per_epoch = steps_per_epoch
@@ -188,12 +209,13 @@ class CurvatureMonitor:
         if not self._gradient_seconds:
             self._gradient_seconds = self._time_gradient()
         with torch.inference_mode(False):
-            scalars, densities, notes, matvecs = measure(self.objective, self.settings)
+            found = measure(self.objective, self.settings, strict=self.strict)
         synchronize(self.objective.device)
         seconds = time.perf_counter() - started
+        scalars, notes = found.scalars, found.notes
         scalars["curv/cost/seconds"] = seconds
         scalars["curv/cost/gradients"] = seconds / self._gradient_seconds
-        scalars["curv/cost/matvecs"] = float(matvecs)
+        scalars["curv/cost/matvecs"] = float(found.matvecs)
         scalars["curv/overhead"] = (self.clock.measuring + seconds) / max(self.clock.elapsed, seconds)
         if self._optimizer is not None:
             scalars.update(optimizer_scalars(self._optimizer))
@@ -202,12 +224,17 @@ class CurvatureMonitor:
             scalars["train/loss"] = loss
         if not self.history:
             notes += self.objective.notes
+            if (obstacle := self.settings.obstacle(self.objective)) is not None:
+                notes.append(f"left out: {obstacle}")
             notes.append(
                 f"a measurement takes {seconds:.3g} s, as much as {seconds / self._gradient_seconds:.0f} gradients"
             )
             log.info("the first %s", notes[-1].removeprefix("a "))
-        measurement = Measurement(self.steps_done, self._current_epoch(), scalars, densities, seconds, tuple(notes))
+        epoch = self._current_epoch()
+        measurement = Measurement(self.steps_done, epoch, scalars, found.densities, seconds, tuple(notes))
         self._recorder.measurement(measurement)
+        for name, error in found.failures.items():
+            self._failed(f"measurement of {name}", error)
         return measurement
 
     def _time_gradient(self) -> float:
@@ -261,6 +288,7 @@ class CurvatureMonitor:
                 "objective": repr(self.objective),
                 "cadence": repr(self.cadence),
                 "preset": settings.preset,
+                "measure": list(settings.quantities),
                 "steps": settings.steps,
                 "probes": settings.probes,
                 "tol": settings.tol,
@@ -314,7 +342,8 @@ class CurvatureMonitor:
         self._recorder.load_state_dict(state, self.steps_done)
 
     def __repr__(self) -> str:
+        what = self.settings.preset or list(self.settings.quantities)
         return (
-            f"CurvatureMonitor({self.objective!r}, {self.settings.preset!r}, {self.cadence!r}, "
+            f"CurvatureMonitor({self.objective!r}, {what!r}, {self.cadence!r}, "
             f"{len(self.history)} measurements in {self.steps_done} steps)"
         )
