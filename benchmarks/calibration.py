@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from curvdiag.experiments.calibration import Calibration, Problem, calibrate
-from curvdiag.noise.power_law import METHODS
+from curvdiag.scaling.power_law import METHODS
 
 HERE = Path(__file__).parent
 SAMPLES = (100, 400, 2000, 4000)

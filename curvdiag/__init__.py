@@ -1,8 +1,10 @@
 """curvdiag: curvature and noise diagnostics for PyTorch.
 
 An :class:`Objective` is a model with its loss and data. A :class:`Hessian` is its curvature as an operator.
-:func:`spectral_density`, :func:`top_eigenpairs`, :func:`trace` and :func:`anisotropy` say what it looks like, and a
-:class:`CurvatureMonitor` asks them while the model trains.
+:func:`spectral_density`, :func:`top_eigenpairs`, :func:`trace` and :func:`anisotropy` say what it looks like. A
+:class:`NoiseCovariance` is the covariance of per-sample gradients; :func:`gradient_moments`, :func:`noise_scale`,
+:func:`gradient_diversity` and :func:`cwgd` measure it, and :func:`scaling_test` asks whether it is proportional to the
+Hessian. A :class:`CurvatureMonitor` watches all this while the model trains.
 """
 
 from importlib.metadata import PackageNotFoundError, version
@@ -10,10 +12,21 @@ from importlib.metadata import PackageNotFoundError, version
 from curvdiag.errors import CurvdiagError, CurvdiagWarning
 from curvdiag.estimate import Estimate
 from curvdiag.monitor import CurvatureMonitor, Every, LogSpaced, Measurement, OverheadBudget
-from curvdiag.noise import ScalingResult, scaling_test
+from curvdiag.noise import (
+    CWGD,
+    GradientMoments,
+    NoiseScale,
+    RunningNoiseScale,
+    cwgd,
+    gradient_diversity,
+    gradient_moments,
+    noise_scale,
+)
 from curvdiag.objective import Objective
 from curvdiag.operators import EmpiricalFisher, Fisher, GaussNewton, Hessian, NoiseCovariance, SymmetricOperator
 from curvdiag.record import RunStore
+from curvdiag.samples import per_sample_gradients
+from curvdiag.scaling import ScalingResult, scaling_test
 from curvdiag.spectrum import (
     Eigenpairs,
     SpectralDensity,
@@ -32,6 +45,7 @@ except PackageNotFoundError:  # run from a folder, not installed
     __version__ = "unknown"
 
 __all__ = [
+    "CWGD",
     "CurvatureMonitor",
     "CurvdiagError",
     "CurvdiagWarning",
@@ -41,19 +55,27 @@ __all__ = [
     "Every",
     "Fisher",
     "GaussNewton",
+    "GradientMoments",
     "Hessian",
     "LogSpaced",
     "Measurement",
     "NoiseCovariance",
+    "NoiseScale",
     "Objective",
     "OverheadBudget",
     "RunStore",
+    "RunningNoiseScale",
     "ScalingResult",
     "SpectralDensity",
     "SymmetricOperator",
     "anisotropy",
+    "cwgd",
     "diagonal",
     "frobenius_norm",
+    "gradient_diversity",
+    "gradient_moments",
+    "noise_scale",
+    "per_sample_gradients",
     "power_iteration",
     "scaling_test",
     "spectral_density",

@@ -11,7 +11,7 @@ from matrices import Foreign, heavy_tailed, with_spectrum
 from scipy.stats import spearmanr
 
 from curvdiag.errors import ArgumentError, NonFiniteError
-from curvdiag.noise.alignment import (
+from curvdiag.scaling.alignment import (
     Window,
     alignment,
     commutator,
@@ -20,7 +20,7 @@ from curvdiag.noise.alignment import (
     loss_scaled_alignment,
     windows,
 )
-from curvdiag.noise.haar import SpectralMoments, random_commutator, random_cosine, random_coupling
+from curvdiag.scaling.haar import SpectralMoments, random_commutator, random_cosine, random_coupling
 
 
 def pair(size: int = 40, turn: float = 0.3) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from curvdiag.experiments.calibration import GAMMAS, Problem, calibrate
+from curvdiag.experiments.mixing import exponents
 
 
 def told(rows):
@@ -74,6 +75,24 @@ def test_gradients_that_depend_on_the_hessian_and_heavy_tails_leave_no_interval_
 def test_hundred_directions_are_covered_too():
     rows = told(calibrate(Problem("one", directions=100), 2000, repetitions=300))
     assert all(0.9 <= row.coverage["ols"] <= 0.98 for row in rows)
+
+
+def test_few_samples_pull_the_held_out_exponent_towards_1():
+    """The figures in the docstring of the scaling test: 2.4 samples to a direction, the truth 1.5."""
+    few, many = exponents("superlinear", 960), exponents("superlinear", 20_000, counts=(100,))
+    assert few["held out"] == sorted(few["held out"], reverse=True)
+    assert few["held out"][-1] == pytest.approx(1.2, abs=0.03)
+    assert few["in sample"][-1] == pytest.approx(1.1, abs=0.03)
+    assert many["held out"][0] == pytest.approx(1.5, abs=0.02)
+
+
+def test_samples_of_unequal_weight_look_superlinear_in_sample_where_c_is_proportional_to_h():
+    found = [exponents("proportional", 960, seed=seed) for seed in range(4)]
+    held_out, in_sample = (np.array([one[side] for one in found]) for side in ("held out", "in sample"))
+    np.testing.assert_allclose(held_out[:, -1], 1, atol=0.03)
+    np.testing.assert_allclose(in_sample[:, -1], 1.25, atol=0.03)
+    np.testing.assert_allclose(in_sample[:, 0], 1.6, atol=0.05)
+    assert ((held_out[:, 0] > 1.0) & (held_out[:, 0] < 1.4)).all()
 
 
 def test_repetitions_are_the_same_for_the_same_seed():

@@ -93,7 +93,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         calls.append((objective, arguments, options))
         return scaling_result(40, commutator_baseline=float("nan"))
 
-    monkeypatch.setitem(sys.modules, "curvdiag.noise.scaling", SimpleNamespace(scaling_test=scaling_test))
+    monkeypatch.setitem(sys.modules, "curvdiag.scaling.measure", SimpleNamespace(scaling_test=scaling_test))
     return calls
 
 

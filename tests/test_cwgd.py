@@ -214,7 +214,7 @@ def test_steps_are_doubled_until_the_quadrature_settles() -> None:
         assert found.steps in (64, 128, 256)
         assert found.change[0] < found.value.standard_error
         assert abs(found.value.value - truth) < found.value.standard_error / 2
-        assert found.matvecs == 8 * (2 * found.steps - 16)
+        assert found.matvecs == 8 * found.steps  # the run goes on where it stood
     short = full_form(h, sums, delta=DELTA, steps=4, max_steps=8)
     assert not short.converged
     assert short.steps == 8
@@ -297,3 +297,15 @@ def test_a_seed_gives_one_result_and_another_gives_another() -> None:
         assert first.to_dict() == again.to_dict()
         assert first.value.value != other.value.value
         assert str(first).startswith(f"CWGD, {form} form")
+
+
+def test_starts_that_do_not_fit_at_once_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In groups, none of which keeps its vectors, so that each doubling begins again."""
+    h, _, rows = flat_problem()
+    sums = rademacher(8, 100, seed=0, dtype=torch.float64) @ (rows - rows.mean(0)) / 10
+    whole = full_form(h, sums, delta=0.5, steps=4)
+    monkeypatch.setattr("curvdiag.noise.cwgd_full.free_bytes", lambda device: 3 * 8 * 300 * 8)
+    assert whole.steps >= 8
+    parts = full_form(h, sums, delta=0.5, steps=4)
+    assert parts.value.value == pytest.approx(whole.value.value, rel=1e-9)
+    assert parts.matvecs == 8 * (2 * whole.steps - 4)

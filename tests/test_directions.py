@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 from curvdiag import Hessian, Objective
 from curvdiag.errors import ArgumentError, LossError, SecondDerivativeError
-from curvdiag.noise import directions as module
-from curvdiag.noise.directions import direction_samples
+from curvdiag.scaling import directions as module
+from curvdiag.scaling.directions import direction_samples
 
 
 def oracle(model: nn.Module, criterion: nn.Module, batch: tuple, names: list[str] | None = None):
@@ -108,43 +108,65 @@ def test_a_wrong_forward_mode_is_never_believed() -> None:
     check(direction_samples(objective, v, squares=True), *oracle(model, nn.CrossEntropyLoss(), batch), v)
 
 
-@pytest.mark.parametrize("ways", [["forward_mode"], ["forward_mode", "reverse_mode"]], ids=str)
-def test_every_way_gives_the_same(ways: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+WAYS = ("by_layers", "forward_mode", "reverse_mode")
+
+
+@pytest.mark.parametrize("without", [1, 2, 3])
+def test_every_way_gives_the_same(without: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = make("transformer-tied", samples=5)
     objective = Objective(model, nn.CrossEntropyLoss(), batch)
     v = random_directions(objective.parameters.size)
-    first = direction_samples(objective, v)
+    first = direction_samples(objective, v, squares=True)
 
-    def fail(*args):
+    def fail(*args, **kwargs):
         raise NotImplementedError
 
-    for way in ways:
+    for way in WAYS[:without]:
         monkeypatch.setattr(module, way, fail)
-    other = direction_samples(objective, v)
+    other = direction_samples(objective, v, squares=True)
     assert relative(other.slopes, first.slopes) < 1e-12
     assert relative(other.curvatures, first.curvatures) < 1e-12
+    assert relative(other.squares, first.squares) < 1e-12
 
 
-def test_forward_mode_is_what_a_transformer_uses(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, batch = make("transformer-tied", samples=5)
+@pytest.mark.parametrize("net", ["mlp-tanh", "conv-batchnorm", "transformer-tied", "in-place"])
+def test_layers_are_what_common_nets_use(net: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = make(net, samples=5)
     objective = Objective(model, nn.CrossEntropyLoss(), batch)
+
+    def fail(*args, **kwargs):
+        raise AssertionError("another way was used")
+
+    for way in (*WAYS[1:], "squares_by_vmap"):
+        monkeypatch.setattr(module, way, fail)
+    found = direction_samples(objective, random_directions(objective.parameters.size), squares=True)
+    assert found.squares is not None
+    monkeypatch.setattr(module, "by_layers", fail)
+    monkeypatch.setattr(module, "one_by_one", fail)
+    with pytest.raises(AssertionError):
+        direction_samples(objective, random_directions(objective.parameters.size), squares=True)
+
+
+class TimeFirst(nn.Module):
+    """Samples are the second dimension inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Linear(3, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.inner(x.transpose(0, 1)).tanh().mean(0))
+
+
+@pytest.mark.parametrize("sizes", [(1, 4, 3), (1, 1, 6), (8,)])
+def test_samples_that_come_second_are_told_apart(sizes: tuple[int, ...]) -> None:
+    """Four positions: a batch of one sample, or of four, must not make them look like samples."""
+    torch.manual_seed(0)
+    model, x, y = TimeFirst().double(), torch.randn(8, 4, 3).double(), torch.randint(3, (8,))
+    objective = Objective(model, nn.CrossEntropyLoss(), cut((x, y), sizes))
     v = random_directions(objective.parameters.size)
-
-    def fail(*args):
-        raise AssertionError("reverse mode was used")
-
-    truth = direction_samples(objective, v)
-    monkeypatch.setattr(module, "reverse_mode", fail)
-    monkeypatch.setattr(module._Ways, "__call__", _without_one_by_one(module._Ways.__call__))
-    assert relative(direction_samples(objective, v).curvatures, truth.curvatures) < 1e-12
-
-
-def _without_one_by_one(call):
-    def checked(self, *args):
-        assert self.pair is not None
-        return call(self, *args)
-
-    return checked
+    batch = x[: sum(sizes)], y[: sum(sizes)]
+    check(direction_samples(objective, v, squares=True), *oracle(model, nn.CrossEntropyLoss(), batch), v)
 
 
 def test_samples_carry_the_weights_that_make_the_mean() -> None:

@@ -13,10 +13,10 @@ from torch.autograd.functional import hessian, jacobian
 from torch.nn import functional as F
 
 from curvdiag.errors import ArgumentError, NonFiniteError, TooLargeError
-from curvdiag.noise import dual_changes
-from curvdiag.noise import duality as module
-from curvdiag.noise.dual_changes import dual_weight_changes, nearest_partners
-from curvdiag.noise.duality import Duality, activity_weight_duality
+from curvdiag.scaling import dual_changes
+from curvdiag.scaling import duality as module
+from curvdiag.scaling.dual_changes import dual_weight_changes, nearest_partners
+from curvdiag.scaling.duality import Duality, activity_weight_duality
 
 NAMES = ("whole", "same-sample", "decoupled", "isotropic", "pairs")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from nets import cut, make
@@ -11,6 +13,7 @@ from torch import nn
 
 from curvdiag import NoiseCovariance, Objective
 from curvdiag.errors import TooLargeError
+from curvdiag.samples import streaming
 
 
 def spectrum(rows: torch.Tensor, length: int) -> torch.Tensor:
@@ -51,7 +54,7 @@ def test_a_block_and_the_mini_batch_scale() -> None:
 
 @pytest.mark.parametrize("rows_that_fit", [1, 2, 3, 4, 7])
 def test_where_gradients_do_not_fit_they_are_made_again(rows_that_fit: int) -> None:
-    model, batch = make("mlp-tanh")
+    model, batch = make("transformer-tied")
     op = NoiseCovariance(Objective(model, nn.CrossEntropyLoss(), cut(batch, (4, 5, 1))))
     memory = 3 * 8 * 10**2 + 4 * rows_that_fit * 8 * op.size
     assert relative(op.gram(memory=memory).matrix, op.gram().matrix) < 1e-12
@@ -80,3 +83,25 @@ def test_it_prints_draws_and_becomes_a_dictionary() -> None:
     assert "10 eigenvalues of C (83 parameters)" in str(found)
     assert set(found.to_dict()) == {"values", "size"}
     assert found.plot().lines
+
+
+def test_linear_layers_need_no_gradient_of_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are left out of what is made row by row; class weights weigh the factors too."""
+    asked = []
+    rows_from = streaming.rows_from
+
+    def watched(*args: Any) -> Any:
+        asked.append(list(args[4]))
+        return rows_from(*args)
+
+    monkeypatch.setattr("curvdiag.operators.gram.rows_from", watched)
+    for net, left in (("mlp-tanh", []), ("conv-batchnorm", [0, 1, 2, 3, 4, 5, 6])):
+        model, (x, y) = make(net)
+        weight = torch.tensor([1.0, 3.0, 0.5], dtype=torch.float64)
+        rows = gradients(model, (x, y)) * (weight[y] / weight[y].mean())[:, None]
+        objective = Objective(model, nn.CrossEntropyLoss(weight=weight), cut((x, y), (7, 3)))
+        op = NoiseCovariance(objective)
+        assert relative(op.gram().values, spectrum(rows, len(rows))) < 1e-10
+        assert asked == ([left] if left else [])
+        assert relative(op.gram(memory=3 * 8 * 10**2 + 100).matrix, op.gram().matrix) < 1e-12
+        asked.clear()

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from curvdiag import Hessian, NoiseCovariance, Objective
 from curvdiag.errors import ArgumentError, LossError
-from curvdiag.noise.kronecker import KroneckerLayer
+from curvdiag.scaling.kronecker import KroneckerLayer
 
 
 def problem(activation, samples: int = 9, **loss) -> tuple[nn.Module, tuple, Objective]:
@@ -70,7 +70,7 @@ def test_small_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     block = problem(nn.Tanh)[2].restricted_to("2.weight")
     layer = KroneckerLayer.of(block)
     whole = layer.hessian(), layer.covariance(), layer.squared()
-    monkeypatch.setattr("curvdiag.noise.kronecker.CHUNK", 64)
+    monkeypatch.setattr("curvdiag.scaling.kronecker.CHUNK", 64)
     for one, other in zip(whole, (layer.hessian(), layer.covariance(), layer.squared()), strict=True):
         assert relative(one, other) < 1e-12
 

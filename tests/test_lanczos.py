@@ -258,3 +258,45 @@ def test_no_eigenvalue_weighs_more_than_the_coefficients_allow():
         assert further == sorted(further, reverse=True)
     # One step short of the order, the moments leave no freedom at an eigenvalue.
     np.testing.assert_allclose(bounds, weights, rtol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_run_that_goes_on_equals_one_that_never_stopped(dtype):
+    """Bit for bit, with one start whose Krylov space is exhausted before the first stop."""
+    matrix, basis = with_spectrum(heavy_tailed())
+    starts = torch.cat([rademacher(3, 400, seed=1, dtype=torch.float64), basis[:, :2].sum(1, keepdim=True).T])
+    matrix, starts = matrix.to(dtype), starts.to(dtype)
+    whole = lanczos(matrix, starts, 40)
+    first = lanczos(matrix, starts, 9, resumable=True)
+    kept = [t.clone() for t in first.position[:2]]
+    run = lanczos(matrix, lanczos(matrix, first, 10, resumable=True), 40)
+    for name in ("alphas", "betas", "norms", "lengths"):
+        np.testing.assert_array_equal(getattr(run, name), getattr(whole, name))
+    assert run.matvecs == whole.matvecs
+    assert run.position is None
+    assert all(torch.equal(now, then) for now, then in zip(first.position, kept, strict=False))
+    again = lanczos(matrix, first, 9)
+    np.testing.assert_array_equal(again.alphas, first.alphas)
+
+
+def test_a_run_that_goes_on_makes_only_the_new_products():
+    matrix, _ = with_spectrum(heavy_tailed())
+    calls = []
+    first = lanczos(matrix, rademacher(2, 400, seed=1, dtype=torch.float64), 5, resumable=True)
+    lanczos(matrix, first, 12, progress=lambda done, planned: calls.append((done, planned)))
+    assert calls == [(2 * j, 24) for j in range(6, 13)]
+
+
+def test_a_run_that_cannot_go_on_is_refused():
+    matrix, _ = with_spectrum(heavy_tailed())
+    starts = rademacher(2, 400, seed=1, dtype=torch.float64)
+    run = lanczos(matrix, starts, 5, resumable=True)
+    with pytest.raises(ArgumentError, match="resumable=True"):
+        lanczos(matrix, lanczos(matrix, starts, 5), 8)
+    with pytest.raises(ArgumentError, match="has taken 5 steps"):
+        lanczos(matrix, run, 4)
+    with pytest.raises(ArgumentError, match="order"):
+        lanczos(matrix[:300, :300], run, 8)
+    for wrong in ({"starts": run}, {"starts": starts, "resumable": True}):
+        with pytest.raises(ArgumentError, match="last two vectors"):
+            lanczos(matrix, **{"steps": 8, "reorthogonalize": "partial", **wrong})

@@ -27,9 +27,9 @@ from curvdiag import (
 from curvdiag.errors import ArgumentError, LossError, NonFiniteError
 from curvdiag.monitor import quantities
 from curvdiag.monitor.settings import CURVATURE, NOISE, PRESETS
-from curvdiag.noise.alignment import alignment
 from curvdiag.noise.cwgd import cwgd
 from curvdiag.noise.noise_scale import noise_scale
+from curvdiag.scaling.alignment import alignment
 from curvdiag.spectrum import MEASURES
 
 pytestmark = pytest.mark.filterwarnings("ignore:measuring every")

@@ -16,8 +16,8 @@ from test_noise import covariance, gradients
 from torch import nn
 from torch.nn import functional as F
 
-from curvdiag import Hessian, Objective
-from curvdiag.errors import ArgumentError, LossError
+from curvdiag import Hessian, Objective, cwgd, gradient_diversity, gradient_moments
+from curvdiag.errors import ArgumentError, LossError, StaleWeightsError
 from curvdiag.noise.noise_scale import along_noise, noise_over_gradient, noise_scale, simple_noise_scale
 from curvdiag.noise.signed_sums import signed_sums
 from curvdiag.spectrum.probes import rademacher
@@ -170,8 +170,11 @@ def test_no_number_where_there_is_none() -> None:
     assert math.isnan(lost.b_simple.value)
     assert "cannot be told from its noise" in str(lost)
     assert lost.gradient_square.value < 0
-    noisy = simple_noise_scale(products_of(shifted.numpy()), along_noise(-h, shifted.mean(0) / 10, rows[:5] * 10))
-    assert "is noise of the mean" in str(noisy)
+    products, gradient = products_of(shifted.numpy()), shifted.mean(0) / 10
+    noisy = simple_noise_scale(products, along_noise(-h, gradient, rows[:5] * 3))
+    assert "% of g^T H g is noise of the mean" in str(noisy)
+    drowned = simple_noise_scale(products, along_noise(-h, gradient, rows[:5] * 10))
+    assert "says nothing of the population" in str(drowned)
 
 
 def test_it_shares_a_hessian_and_refuses_what_does_not_fit() -> None:
@@ -194,3 +197,28 @@ def test_it_shares_a_hessian_and_refuses_what_does_not_fit() -> None:
     mean = Objective.from_loss(model, lambda m, b: F.cross_entropy(m(b[0]), b[1]), batch)
     with pytest.raises(LossError):
         signed_sums(Hessian(mean), 2, 0)
+
+
+def test_moments_or_a_hessian_at_other_weights_are_refused() -> None:
+    """Mixed with the gradients of now they would give a number that belongs to no weights at all."""
+    model, batch = make("mlp-tanh")
+    objective = Objective(model, nn.CrossEntropyLoss(), cut(batch, (7, 3)))
+    moments, hessian = gradient_moments(objective), Hessian(objective)
+    noise_scale(objective, curvature=True, moments=moments, hessian=hessian)
+    with pytest.raises(ArgumentError, match="block"):
+        noise_scale(objective, curvature=True, hessian=hessian.block("4.*"))
+    with pytest.raises(ArgumentError, match="parameters"):
+        noise_scale(objective, moments=gradient_moments(objective.restricted_to("4.*")))
+    with pytest.raises(ArgumentError, match="not those of this objective"):
+        noise_scale(Objective(model, nn.CrossEntropyLoss(), cut(batch, (7, 3))[:1]), moments=moments)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.01)
+    for measure in (noise_scale, gradient_diversity):
+        with pytest.raises(ArgumentError, match="not those of this objective"):
+            measure(objective, moments=moments)
+    with pytest.raises(StaleWeightsError):
+        noise_scale(objective, curvature=True, hessian=hessian)
+    with pytest.raises(StaleWeightsError):
+        cwgd(objective, "diagonal", hessian=hessian)
+    assert cwgd(objective, hessian=hessian).value.value > 0  # all of it at the weights of the Hessian

@@ -10,8 +10,8 @@ import torch
 from scipy import stats
 
 from curvdiag.errors import ArgumentError, NonFiniteError
-from curvdiag.noise import bootstrap, fits
-from curvdiag.noise.power_law import DirectionSamples, measure_power_law
+from curvdiag.scaling import bootstrap, fits
+from curvdiag.scaling.power_law import DirectionSamples, measure_power_law
 
 
 def cloud(rows=3, points=40, seed=0):

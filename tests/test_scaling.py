@@ -15,9 +15,9 @@ from torch.nn import functional as F
 
 from curvdiag import Objective
 from curvdiag.errors import ArgumentError, LossError, TooLargeError
-from curvdiag.noise import blocks
-from curvdiag.noise.scaling import scaling_test
-from curvdiag.noise.scaling_result import Bounds
+from curvdiag.scaling import blocks
+from curvdiag.scaling.measure import scaling_test
+from curvdiag.scaling.result import Bounds
 
 
 def problem(samples: int = 60, activation=nn.ReLU, sizes=(4, 6, 5, 3), seed: int = 0, **options) -> Objective:
@@ -219,6 +219,12 @@ def test_more_directions_than_positive_eigenvalues_are_clipped_and_noted() -> No
     result = scaling_test(problem(), "2.weight", directions=30, bootstrap=0)
     assert len(result.held_out.curvature) < 30
     assert any("only" in note and "positive curvature" in note for note in result.notes)
+
+
+def test_few_samples_to_a_direction_are_noted() -> None:
+    notes = {n: scaling_test(logistic(n, 0, 4), bootstrap=0, duality=False).notes for n in (100, 1000)}
+    assert any("towards 1" in note for note in notes[100])
+    assert not any("towards 1" in note for note in notes[1000])
 
 
 def test_the_duality_is_tried_where_there_are_classes_behind_a_layer() -> None:

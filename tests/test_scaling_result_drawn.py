@@ -11,13 +11,13 @@ from scaling_results import directions, scaling_result, window
 from torch import nn
 
 from curvdiag import plotting
-from curvdiag.noise.alignment import Window
-from curvdiag.noise.power_law import Directions, DirectionSamples, PowerLaw, measure_power_law
-from curvdiag.noise.scaling import scaling_test
-from curvdiag.noise.scaling_result import ScalingResult
-from curvdiag.noise.verdict import Verdict
 from curvdiag.objective import Objective
 from curvdiag.plotting.scaling_page import HEIGHT, WIDTH
+from curvdiag.scaling.alignment import Window
+from curvdiag.scaling.measure import scaling_test
+from curvdiag.scaling.power_law import Directions, DirectionSamples, PowerLaw, measure_power_law
+from curvdiag.scaling.result import ScalingResult
+from curvdiag.scaling.verdict import Verdict
 from figures import assert_no_text_over_another, line, new_axes
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from curvdiag.errors import ArgumentError
-from curvdiag.noise.power_law import DirectionSamples, measure_power_law
-from curvdiag.noise.verdict import judge
+from curvdiag.scaling.power_law import DirectionSamples, measure_power_law
+from curvdiag.scaling.verdict import judge
 
 
 def measured(noise, samples=2000, directions=30, decades=2.0, seed=0, **options):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from curvdiag.noise import ScalingResult
+    from curvdiag.scaling import ScalingResult
 
 
 def demo(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from curvdiag.noise.scaling_result import ScalingResult
+    from curvdiag.scaling.result import ScalingResult
 
 
 class Basis(enum.StrEnum):
@@ -60,8 +60,8 @@ def scaling(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from curvdiag.cli.task import load_task
-    from curvdiag.noise.scaling import scaling_test
     from curvdiag.record.database import translated
+    from curvdiag.scaling.measure import scaling_test
 
     with translated(out, "make the folder"):  # before the work, not after it
         out.mkdir(parents=True, exist_ok=True)

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from curvdiag.noise import fits
-from curvdiag.noise.power_law import Directions, DirectionSamples, measure_power_law
-from curvdiag.noise.verdict import judge
 from curvdiag.results import Result
+from curvdiag.scaling import fits
+from curvdiag.scaling.power_law import Directions, DirectionSamples, measure_power_law
+from curvdiag.scaling.verdict import judge
 
 Array = NDArray[np.float64]
 GAMMAS = (1.0, 1.5, 2.0)

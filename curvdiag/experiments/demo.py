@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from curvdiag.errors import CurvdiagWarning
 from curvdiag.experiments.digits import digits, small_conv_net
 from curvdiag.monitor import CurvatureMonitor
-from curvdiag.noise import ScalingResult, scaling_test
 from curvdiag.objective import Objective
 from curvdiag.record import RunStore
+from curvdiag.scaling import ScalingResult, scaling_test
 
 EPOCHS, BATCH, PROBE = 20, 64, 128
 BLOCK = "8.weight"  # the last layer, whose factors give H and C whole in a second

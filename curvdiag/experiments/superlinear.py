@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from curvdiag.errors import ArgumentError, DataError
 from curvdiag.experiments.datasets import mnist
-from curvdiag.noise.scaling import scaling_test
-from curvdiag.noise.scaling_result import ScalingResult
 from curvdiag.objective import Objective
+from curvdiag.scaling.measure import scaling_test
+from curvdiag.scaling.result import ScalingResult
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -166,6 +166,19 @@ def compare(
     return results
 
 
+def by_samples(loss: str, sizes: Sequence[int], *, seed: int = 0) -> dict[int, ScalingResult]:
+    """One training, tested on random parts of its training samples: where the in-sample fit is biased, it moves."""
+    trained = train(loss, seed=seed)
+    order = torch.randperm(len(trained.targets), generator=torch.Generator().manual_seed(seed))
+    found = {}
+    for size in sizes:
+        rows = order[:size]
+        part = Objective(trained.model, LOSSES[loss], (trained.inputs[rows], trained.targets[rows]))
+        options = {"directions": max(COUNTS), "counts": COUNTS, "bootstrap": 0, "duality": False, "squares": False}
+        found[size] = scaling_test(part, BLOCK, seed=seed, **options)  # type: ignore[arg-type]
+    return found
+
+
 def draw(by_loss: Mapping[str, Sequence[ScalingResult]]) -> Figure:
     """The exponent against the number of directions, one panel for each loss, beside earlier single runs."""
     import matplotlib.pyplot as plt
@@ -191,12 +204,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     found = {loss: compare(loss, range(options.seeds), progress=print) for loss in LOSSES}
     draw(found).savefig(options.out / "superlinear.png", dpi=150)
-    text = json.dumps({loss: [summary(one) for one in runs] for loss, runs in found.items()}, indent=1)
+    sizes = by_samples("cross-entropy", (1500, 3000, 6000))
+    saved: dict[str, Any] = {loss: [summary(one) for one in runs] for loss, runs in found.items()}
+    saved["cross-entropy by number of samples"] = {size: summary(one) for size, one in sizes.items()}
+    text = json.dumps(saved, indent=1)
     replace_whole(options.out / "superlinear.json", lambda file: print(text, file=file), "w")
     for loss, runs in found.items():
         print(loss)
         for seed, one in enumerate(runs):
-            print(f"  seed {seed}: " + "; ".join(f"{side} {values}" for side, values in summary(one).items()))
+            print(f"  seed {seed}: {_words(one)}")
+    for size, one in sizes.items():
+        print(f"cross-entropy, {size} samples: {_words(one)}")
 
 
 def summary(result: ScalingResult) -> dict[str, dict[str, float]]:
@@ -209,6 +227,10 @@ def summary(result: ScalingResult) -> dict[str, dict[str, float]]:
         }
         for name, fit in fits.items()
     }
+
+
+def _words(result: ScalingResult) -> str:
+    return "; ".join(f"{side} {values}" for side, values in summary(result).items())
 
 
 if __name__ == "__main__":

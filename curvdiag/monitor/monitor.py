@@ -56,8 +56,8 @@ class CurvatureMonitor:
     ``noise/trace``                               ``tr C`` of the population, of single samples
     ``noise/cwgd``                                ``2 tr((|H| + delta)^-1 C)`` of the probe set, ``delta`` 1e-3 of the
                                                   largest Ritz value
-    ``align/cosine``, ``commutator``,             of C with H, see :func:`curvdiag.noise.alignment.alignment`; and with
-    ``cosine_baseline``, ``commutator_baseline``  random eigenvectors of the same spectra
+    ``align/cosine``, ``commutator``,             of C with H, see :func:`curvdiag.scaling.alignment.alignment`; and
+    ``cosine_baseline``, ``commutator_baseline``  with random eigenvectors of the same spectra
     ``curv/cost/seconds``, ``gradients``,         what the measurement took: time, the same in gradients of the
     ``matvecs``                                   objective, and products with H and C
     ``curv/overhead``                             share of the run's time that went into measuring so far

@@ -8,11 +8,11 @@ from functools import cached_property
 
 from curvdiag.estimate import Estimate
 from curvdiag.monitor.settings import Settings
-from curvdiag.noise.alignment import alignment
 from curvdiag.noise.cwgd import cwgd
 from curvdiag.noise.noise_scale import NoiseScale, noise_scale
 from curvdiag.objective import Objective
 from curvdiag.operators import Hessian, NoiseCovariance
+from curvdiag.scaling.alignment import alignment
 from curvdiag.spectrum import (
     MEASURES,
     Eigenpairs,

@@ -1,9 +1,18 @@
-"""Statistics of gradient noise: moments, diversity, noise scale, and the covariance against the Hessian."""
+"""Statistics of gradient noise: moments, diversity, noise scale, and noise in units of curvature."""
 
-from curvdiag.noise.scaling import scaling_test
-from curvdiag.noise.scaling_result import ScalingResult
+from curvdiag.noise.cwgd import CWGD, cwgd
+from curvdiag.noise.diversity import gradient_diversity
+from curvdiag.noise.moments import GradientMoments, gradient_moments
+from curvdiag.noise.noise_scale import NoiseScale, noise_scale
+from curvdiag.noise.running import RunningNoiseScale
 
 __all__ = [
-    "ScalingResult",
-    "scaling_test",
+    "CWGD",
+    "GradientMoments",
+    "NoiseScale",
+    "RunningNoiseScale",
+    "cwgd",
+    "gradient_diversity",
+    "gradient_moments",
+    "noise_scale",
 ]

@@ -12,7 +12,7 @@ from curvdiag.noise.cwgd_diagonal import diagonal_form
 from curvdiag.noise.cwgd_full import full_form
 from curvdiag.noise.cwgd_result import CWGD, DiagonalCWGD, FullCWGD, Negative
 from curvdiag.noise.moments import GradientMoments, gradient_moments
-from curvdiag.noise.signed_sums import hessian_of, signed_sums
+from curvdiag.noise.signed_sums import hessian_of, require_present_weights, signed_sums
 from curvdiag.objective import Objective
 from curvdiag.operators.hessian import Hessian
 from curvdiag.seeds import Seed, resolve_seed
@@ -75,6 +75,7 @@ def cwgd(
     Raises:
         LossError: The loss gives only a mean, or BatchNorm in train mode couples the samples.
         ArgumentError: An argument is out of its range.
+        StaleWeightsError: The Hessian is at other weights than the moments (the diagonal form).
         NonFiniteError: A product held NaN or infinite numbers.
     """
     if form not in ("full", "diagonal"):
@@ -86,6 +87,7 @@ def cwgd(
     if form == "full":
         sums = signed_sums(operator, starts, seed)
         return full_form(operator, sums, delta=delta, steps=steps, max_steps=max_steps, progress=progress)
+    require_present_weights(operator)
     moments = moments or gradient_moments(objective, dtype=dtype)
     groups, sizes = _diagonals(operator, probes, seed, progress)
     variances = moments.diagonal.cpu().double().numpy()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -33,7 +34,7 @@ def full_form(
 ) -> FullCWGD:
     """``2 tr((|H| + delta)^-1 C)`` by Lanczos quadrature from vectors of covariance ``C``.
 
-    ``E[b^T f(H) b] = tr(f(H) C)``. The steps are doubled, from the start each time, until the value moves by less than
+    ``E[b^T f(H) b] = tr(f(H) C)``. The steps are doubled until the value moves by less than
     its standard error while they double: not between the two ends alone but at lengths in between as well. A Ritz
     value that comes to lie near zero by chance lifts a quadrature of this peaked function, so that two lengths may
     agree long before it has settled: where only the two ends had to agree, up to five standard errors of bias were left
@@ -63,12 +64,15 @@ def full_form(
         zero = Estimate.exact(0.0)
         note = ("the gradients of all samples are equal",)
         return FullCWGD(zero, "full", math.nan, 0, note, math.nan, zero, zero, zero, 0, (0.0, 0.0, 0.0), True)
-    starts, spent, limit = sums[alive], 0, min(max_steps, operator.size)
+    limit = min(max_steps, operator.size)
     taken = min(steps, limit)
+    group = max(1, int(free_bytes(operator.device) // (8 * operator.size * sums.element_size())))
+    parts: Sequence[Tensor | Tridiagonal] = sums[alive].split(group)
+    spent, goes_on = 0, len(parts) == 1  # with several groups the vectors of one make room for those of the next
     while True:
-        group = max(1, int(free_bytes(operator.device) // (8 * operator.size * starts.element_size())))
-        runs = [lanczos(operator, part, taken, progress=progress) for part in starts.split(group)]
-        spent += sum(run.matvecs for run in runs)
+        runs = [lanczos(operator, part, taken, progress=progress, resumable=goes_on) for part in parts]
+        spent = runs[0].matvecs if goes_on else spent + sum(run.matvecs for run in runs)
+        parts = runs if goes_on else parts
         quadrature = _Quadratures(runs, len(sums))
         shift = quadrature.fraction_of_top() if delta is None else delta
         shifts = (shift, shift / 10, shift * 10)

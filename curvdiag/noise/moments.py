@@ -7,10 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from curvdiag.errors import NonFiniteError
 from curvdiag.objective import Objective
 from curvdiag.results import Result
 from curvdiag.samples.streaming import all_totals, require_samples, result_dtype
 from curvdiag.samples.totals import Totals
+from curvdiag.spectrum.lanczos import row_dots
 
 
 @dataclass(frozen=True)
@@ -68,13 +70,17 @@ def gradient_moments(objective: Objective, *, dtype: torch.dtype | None = None) 
     arXiv:1912.10985); no per-sample gradient is kept. The rules are checked against single backward passes on the
     objective's first use, and what they do not cover is computed in slower ways: see ``ways``.
 
+    Variances are differences of mean squares and squared means. In single precision an entry of the diagonal whose
+    mean is ``r`` of its standard deviations is off by about ``5e-6 (1 + r^2)`` of itself (4,096 samples; measured up
+    to ``r = 1000``), and the trace by no more; where ``r`` is large take ``dtype=torch.float64``.
+
     Args:
         objective: Its losses must be known for each sample.
         dtype: To compute in.
 
     Raises:
         LossError: The loss gives only a mean, or BatchNorm in train mode couples the samples.
-        NonFiniteError: The loss is NaN or infinite.
+        NonFiniteError: The loss or a gradient is NaN or infinite.
     """
     require_samples(objective, "gradient moments")
     scale = objective.size / objective.total_weight
@@ -94,6 +100,9 @@ def gradient_moments(objective: Objective, *, dtype: torch.dtype | None = None) 
     lengths = _finish(sums, layout.views(mean), layout.views(diagonal), objective)
     squares = torch.stack([t.norms.double() for t in sums]) * scale**2
     traces = squares.mean(1) - lengths
+    if not bool(traces.isfinite().all()):
+        names = [name for name, fine in zip(layout.names, traces.isfinite().tolist(), strict=True) if not fine]
+        raise NonFiniteError(f"the loss is finite and its gradient in {names[0]!r} is not for some sample")
     blocks = {}
     for name, members in layout.layers().items():
         rows = [layout.names.index(member) for member in members]
@@ -131,5 +140,6 @@ def _finish(sums: list[Totals], means: list[Tensor], diagonals: list[Tensor], ob
             first, second = own.first * (scale / count), own.second * (scale**2 / count)
             mean.copy_(first)
             diagonal.copy_(second.addcmul_(first, first, value=-1).clamp_(min=0.0))
-        lengths.append(first.flatten().dot(first.flatten()).double())
+        flat = first.reshape(1, -1)
+        lengths.append(row_dots(flat, flat)[0].double())
     return torch.stack(lengths)

@@ -17,7 +17,7 @@ from curvdiag.estimate import Estimate
 from curvdiag.noise.jackknife import jackknife
 from curvdiag.noise.moments import GradientMoments, gradient_moments
 from curvdiag.noise.sample_products import SampleProducts, sample_products
-from curvdiag.noise.signed_sums import hessian_of, signed_sums
+from curvdiag.noise.signed_sums import hessian_of, require_present_weights, signed_sums
 from curvdiag.objective import Objective
 from curvdiag.operators.base import linear_map
 from curvdiag.operators.hessian import Hessian
@@ -143,7 +143,9 @@ def noise_scale(
 
     Raises:
         LossError: The loss gives only a mean, or BatchNorm in train mode couples the samples.
-        ArgumentError: Fewer than three samples, no start, or the Hessian of another objective.
+        ArgumentError: Fewer than three samples, no start, the Hessian of another objective, or moments that are not of
+            this objective at these weights.
+        StaleWeightsError: The Hessian is at other weights than the model's present ones.
         NonFiniteError: A product held NaN or infinite numbers.
     """
     moments = moments or gradient_moments(objective, dtype=dtype)
@@ -153,6 +155,7 @@ def noise_scale(
     if isinstance(starts, bool) or int(starts) != starts or starts < 1:
         raise ArgumentError(f"tr(HC) needs at least one start, not {starts!r}")
     operator = hessian_of(objective, hessian, dtype=dtype, memory=memory, micro_batch=micro_batch)
+    require_present_weights(operator)
     sums = signed_sums(operator, int(starts), seed)
     return simple_noise_scale(products, along_noise(operator, moments.mean, sums))
 
@@ -226,6 +229,9 @@ def _curvature_notes(curvature: NoiseCurvature | None, n: int) -> list[str]:
     if not curvature.gradient > 0:
         return [f"g^T H g = {curvature.gradient:.3g} is not positive: B_noise means nothing here"]
     share = curvature.trace.value / n / curvature.gradient
+    if abs(share) > 1:
+        added = f"adds about {curvature.trace.value / n:.3g} to g^T H g = {curvature.gradient:.3g}"
+        return [f"the noise of the mean of {n:,} samples {added}: B_noise says nothing of the population"]
     if abs(share) > MUCH:
         return [f"about {share:.0%} of g^T H g is noise of the mean of {n:,} samples: B_noise is too small by as much"]
     return []

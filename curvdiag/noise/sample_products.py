@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,16 +63,31 @@ def sample_products(
 
     Raises:
         LossError: The loss gives only a mean, or BatchNorm in train mode couples the samples.
+        ArgumentError: The moments are not of this objective at these weights.
     """
     moments = moments or gradient_moments(objective, dtype=dtype)
     # Without kept graphs the engine takes the batches in their own order, which is that of the norms.
     matrix = EmpiricalFisher(objective, dtype=dtype, memory=0, micro_batch=micro_batch)
+    if moments.mean.shape != (matrix.size,):
+        raise ArgumentError(f"moments= are of {len(moments.mean):,} parameters, and this objective has {matrix.size:,}")
     mean = moments.mean.to(matrix.device, matrix.dtype)
     dots = matrix._engine.sample_dots(mean[None], matrix._positions)[0] * objective.size
     norms = moments.norms.cpu().double()
-    return SampleProducts(
+    found = SampleProducts(
         squares=norms.square().numpy(),
         dots=dots.cpu().double().numpy(),
         mean_square=float(moments.mean.double().square().sum()),
         trace=float(moments.trace),
     )
+    _require_same(found, torch.finfo(matrix.dtype).eps)
+    return found
+
+
+def _require_same(found: SampleProducts, eps: float) -> None:
+    """The products with the mean gradient average to its square; those with another vector do not."""
+    scale = math.sqrt(found.mean_square * float(found.squares.mean())) if len(found.squares) else 0.0
+    if len(found.dots) != len(found.squares) or abs(found.dots.mean() - found.mean_square) > math.sqrt(eps) * scale:
+        raise ArgumentError(
+            "moments= are not those of this objective at the model's present weights: take gradient_moments again, or "
+            "leave them out"
+        )

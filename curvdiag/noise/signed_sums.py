@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from curvdiag.errors import ArgumentError
+from curvdiag.errors import ArgumentError, StaleWeightsError
 from curvdiag.objective import Objective
 from curvdiag.operators.hessian import Hessian
 from curvdiag.operators.noise import NoiseCovariance
@@ -53,6 +53,25 @@ def hessian_of(objective: Objective, hessian: Hessian | None, **options: object)
         )
     hessian.refresh()
     return hessian
+
+
+def require_present_weights(hessian: Hessian) -> None:
+    """Refuse a Hessian that moments at the model's present weights do not belong to.
+
+    Raises:
+        ArgumentError: It is a block.
+        StaleWeightsError: The model's weights have changed since it was made.
+    """
+    objective, weights = hessian.objective, hessian._weights
+    if hessian.size != objective.parameters.size:
+        raise ArgumentError("the Hessian is a block of the objective's: give the whole one, or leave it out")
+    live = dict(objective.model.named_parameters(remove_duplicate=False))
+    pairs = ((live[name].detach(), own) for name, own in zip(weights.names, weights.chosen, strict=True))
+    if not all(torch.equal(now.to(own.device, own.dtype), own) for now, own in pairs):
+        raise StaleWeightsError(
+            "the model's weights changed since the Hessian was made, and the moments of its gradients would be of "
+            "other weights: give a new one, or leave it out"
+        )
 
 
 def _width(dtype: torch.dtype) -> torch.dtype:

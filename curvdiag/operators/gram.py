@@ -13,6 +13,7 @@ from curvdiag.errors import TooLargeError
 from curvdiag.memory import free_bytes, human_bytes
 from curvdiag.objective import Objective
 from curvdiag.results import Result
+from curvdiag.samples.factors import factors
 from curvdiag.samples.streaming import require_samples, result_dtype, rows_from
 from curvdiag.weights import Weights
 
@@ -68,7 +69,8 @@ def gram(
 ) -> Gram:
     """The Gram matrix at ``weights``, over the parameters at ``positions``.
 
-    Gradients are in ``dtype``, products in double precision. Where all gradients do not fit into ``memory`` bytes
+    Gradients are in ``dtype``, products in double precision. Those of linear layers with one row a sample are outer
+    products, and never made. Where all gradients do not fit into ``memory`` bytes
     (half of what is free), pairs of groups of samples are taken in turn, and the gradients made again.
 
     Raises:
@@ -84,8 +86,14 @@ def gram(
             f"the Gram matrix of {count:,} samples needs {human_bytes(needed)} and {human_bytes(room)} are free: "
             "measure on fewer samples, or take spectral_density or top_eigenpairs, which need no such matrix"
         )
-    row = max(1, size) * result_dtype(objective, dtype).itemsize
-    products = _products(objective, weights, dtype, positions, (room - needed) // row)
+    number = result_dtype(objective, dtype).itemsize
+    found = factors(objective, weights, dtype, positions, (room - needed) // (4 * number))
+    rest = [position for position in positions if position not in found]
+    row = max(1, sum(weights.chosen[p].numel() for p in rest)) * number
+    taken = number * count * sum(own.width for own in found.values())
+    products = _products(objective, weights, dtype, rest, (room - needed - taken) // row)
+    for own in found.values():
+        products += own.products()
     # Centred twice: products with the mean gradient go from rows and from columns.
     products -= products.mean(0, keepdim=True)
     products -= products.mean(1, keepdim=True)
@@ -98,10 +106,10 @@ def _products(
 ) -> Tensor:
     """``g_i . g_j`` ``[N, N]``, with at most ``rows`` gradients in memory."""
     count = objective.size
-    out = torch.empty(count, count, dtype=torch.float64, device=objective.device)
+    out = torch.zeros(count, count, dtype=torch.float64, device=objective.device)
     # A share for the gradients that stay, one for those that pass, and one each for putting them together.
     piece = min(count, max(1, rows // 4))
-    for start in range(0, count, piece):
+    for start in range(0, count, piece) if positions else ():
         own: Tensor | None = None
         at = start
         for other in _from(objective, weights, dtype, positions, start, piece):

@@ -126,13 +126,14 @@ class OutputGraph(KeptGraph):
 
     def _verify(self) -> None:
         self.checked = True
-        if self.output is None or self.objective.__dict__.get("_transposed"):
+        seen: frozenset[object] = self.objective.__dict__.get("_transposed", frozenset())
+        if self.output is None or (self.pick, self.rule) in seen:
             return
         with numerics(self.outer.device):
             self._check_transpose()
             if self.matrix == self._twice:
                 self._check_output_hessian()
-        self.objective.__dict__["_transposed"] = True
+        self.objective.__dict__["_transposed"] = seen | {(self.pick, self.rule)}
 
     def _check_transpose(self) -> None:
         """``w . J v = J^T w . v`` for random vectors, which a hidden or wrong derivative in the model breaks."""

@@ -9,6 +9,7 @@ lightness, line style or marker, so that a black-and-white print keeps it.
 from curvdiag.plotting.anisotropy import anisotropy
 from curvdiag.plotting.coupling import coupling, coupling_pair
 from curvdiag.plotting.density import density
+from curvdiag.plotting.duality import duality
 from curvdiag.plotting.eigenpairs import eigenpairs
 from curvdiag.plotting.estimate import estimate
 from curvdiag.plotting.exponent import exponent
@@ -25,6 +26,7 @@ __all__ = [
     "coupling",
     "coupling_pair",
     "density",
+    "duality",
     "eigenpairs",
     "estimate",
     "exponent",

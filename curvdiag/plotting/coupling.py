@@ -14,7 +14,7 @@ from curvdiag.plotting.style import own_axes
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from curvdiag.noise.scaling_result import ScalingResult
+    from curvdiag.scaling.result import ScalingResult
 
 TITLES = {"measured": "measured", "baseline": "random eigenvectors"}
 DEEPEST = 1e-4

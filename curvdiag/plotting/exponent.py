@@ -12,8 +12,8 @@ from curvdiag.plotting.style import INK, open_frame, own_axes
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from curvdiag.noise.power_law import Directions, PowerLaw
-    from curvdiag.noise.scaling_result import ScalingResult
+    from curvdiag.scaling.power_law import Directions, PowerLaw
+    from curvdiag.scaling.result import ScalingResult
 
 
 def exponent(

@@ -13,7 +13,7 @@ from curvdiag.plotting.style import INK, open_frame, own_axes
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from curvdiag.noise.scaling_result import ScalingResult
+    from curvdiag.scaling.result import ScalingResult
 
 
 def exponents_by_layer(

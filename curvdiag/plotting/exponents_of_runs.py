@@ -13,8 +13,8 @@ from curvdiag.plotting.style import INK, open_frame, own_axes
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from curvdiag.noise.power_law import Directions
-    from curvdiag.noise.scaling_result import ScalingResult
+    from curvdiag.scaling.power_law import Directions
+    from curvdiag.scaling.result import ScalingResult
 
 
 def exponents_of_runs(

@@ -12,8 +12,8 @@ from curvdiag.errors import ArgumentError
 from curvdiag.plotting.style import BLUE, LINES, ORANGE
 
 if TYPE_CHECKING:
-    from curvdiag.noise.power_law import Directions, PowerLaw
-    from curvdiag.noise.scaling_result import ScalingResult
+    from curvdiag.scaling.power_law import Directions, PowerLaw
+    from curvdiag.scaling.result import ScalingResult
 
 SQUARE = r"E[h$^2$]"
 # By (squares, biased): held-out series are full, in-sample ones hollow, in every figure.

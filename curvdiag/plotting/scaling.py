@@ -13,8 +13,8 @@ from curvdiag.plotting.style import INK, open_frame, own_axes
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from curvdiag.noise.power_law import Directions
-    from curvdiag.noise.scaling_result import ScalingResult
+    from curvdiag.scaling.power_law import Directions
+    from curvdiag.scaling.result import ScalingResult
 
 GUIDES = ((1, (0, (6, 3))), (2, (0, (1.5, 2))))
 MARGIN = 0.05

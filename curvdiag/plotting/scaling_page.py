@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from curvdiag.estimate import Estimate
-    from curvdiag.noise.alignment import Window
-    from curvdiag.noise.scaling_result import ScalingResult
+    from curvdiag.scaling.alignment import Window
+    from curvdiag.scaling.result import ScalingResult
 
 WIDTH, HEIGHT = 15.0, 9.4
 WINDOW = ("commutator", "diagonal_recovery", "coupling_mean", "coupling_variance", "rank_correlation")

@@ -15,7 +15,7 @@ from curvdiag.plotting.style import LINES, open_frame, own_axes
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from curvdiag.noise.scaling_result import ScalingResult
+    from curvdiag.scaling.result import ScalingResult
     from curvdiag.spectrum.density import SpectralDensity
 
 ROUNDING = float(np.finfo(np.float64).eps)

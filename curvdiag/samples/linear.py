@@ -56,6 +56,14 @@ class Linear(Call):
             return torch.mm(left[0].T, right[0])[None]
         return torch.bmm(left.transpose(1, 2), right)
 
+    def factors(self, role: str, layout: str) -> tuple[Tensor, Tensor | None] | None:
+        """``delta`` ``[B, out]`` and ``x`` ``[B, in]`` (None for a bias); None where a sample has several positions."""
+        pair = self._pair(layout)
+        if pair is None or pair[0].shape[1] > 1:
+            return None
+        self.check()
+        return pair[0][:, 0], None if role == "bias" else pair[1][:, 0]
+
     def totals(self, role: str, layout: str) -> Totals:
         pair = self._pair(layout)
         if pair is None:

@@ -88,6 +88,12 @@ class Pass:
 
     def _run(self, ready: Callable[[Pass], Callable[[Call], None] | None]) -> None:
         self.recorder = Recorder(self.weights.chosen, self.objective.model, self.samples)
+        try:
+            self._there_and_back(ready)
+        finally:
+            self.recorder.let_go()
+
+    def _there_and_back(self, ready: Callable[[Pass], Callable[[Call], None] | None]) -> None:
         with self.recorder:
             found = self.objective.totals(self.batch, self.dtype)
         loss = found.sum()

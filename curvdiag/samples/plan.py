@@ -72,13 +72,10 @@ def plan_of(
 def _find_out(
     objective: Objective, weights: Weights, batch: Batch, dtype: torch.dtype | None, path: tuple[object, ...]
 ) -> Plan:
-    count = sample_count(batch)
-    probe = batch
-    if can_cut(batch) and count > PROBES:
-        device = objective.device if not isinstance(batch, Tensor) else batch.device
-        probe = _take(batch, sorted({0, count // 2, count - 1}), device)
+    probes = _probes(batch, objective)
     strayed = False
-    for own, precision in ((_moved(weights), torch.float64), (weights, dtype)):
+    tries = [(probe, _moved(weights), torch.float64) for probe in probes]
+    for probe, own, precision in (*tries, (probes[0], weights, dtype)):
         try:
             trial = Pass(objective, own, probe, precision, lambda _: None)
             if trial.path != path:
@@ -92,8 +89,14 @@ def _find_out(
     return without_rules(weights, together=strayed)
 
 
-def _take(batch: Batch, samples: list[int], device: torch.device) -> Batch:
-    return take(batch, torch.tensor(samples, device=device))
+def _probes(batch: Batch, objective: Objective) -> list[Batch]:
+    """Three samples, and the same in the opposite order: a model that sorts them leaves one of these as it is."""
+    count = sample_count(batch)
+    if not can_cut(batch) or count <= PROBES:
+        return [batch]
+    device = objective.device if not isinstance(batch, Tensor) else batch.device
+    chosen = [0, count // 2, count - 1]
+    return [take(batch, torch.tensor(order, device=device)) for order in (chosen, chosen[::-1])]
 
 
 def _moved(weights: Weights) -> Weights:

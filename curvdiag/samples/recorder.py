@@ -12,12 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as trees
+from torch.utils.hooks import RemovableHandle
 
 from curvdiag.samples import elementwise, linear, normalisation
 from curvdiag.samples.any_call import AnyCall
 from curvdiag.samples.calls import Call, NotCovered, precise
 from curvdiag.samples.convolution import Convolution
 from curvdiag.samples.embedding import Embed
+from curvdiag.samples.indexing import moves_samples
 
 RULES: dict[Any, type[Call]] = {
     F.linear: linear.Linear,
@@ -49,11 +51,18 @@ VIEWS = frozenset({
 REPEATS = frozenset({"broadcast_to", "expand", "expand_as", "repeat"})
 
 DYNAMIC = frozenset({
-    "__index__", "__int__", "_pack_padded_sequence", "_unique", "_unique2", "argwhere", "item", "masked_select",
-    "nonzero", "nonzero_static", "repeat_interleave", "tolist", "unique", "unique_consecutive",
+    "__array__", "__float__", "__index__", "__int__", "_pack_padded_sequence", "_unique", "_unique2", "argwhere",
+    "item", "masked_select", "nonzero", "nonzero_static", "numpy", "repeat_interleave", "tolist", "unique",
+    "unique_consecutive",
+})
+"""After one of these the samples may lie anywhere."""
+
+PLACING = frozenset({
+    "T", "einsum", "flatten", "flip", "flipud", "mT", "moveaxis", "movedim", "permute", "reshape", "roll", "rot90",
+    "swapaxes", "swapdims", "t", "transpose", "unflatten", "view",
 })
 # fmt: on
-"""After one of these the samples may lie anywhere."""
+"""Where the samples lie depends on which of these were called: passes that differ in them take different paths."""
 
 
 @dataclass(eq=False)
@@ -100,7 +109,9 @@ class Recorder(TorchFunctionMode):
         self.arrived: Callable[[Call], None] = lambda call: None
         self.adrift = False
         self.names: list[tuple[Any, ...]] = []
+        self.placed: set[str] = set()
         self._sides: dict[int, Side] = {}
+        self._hooks: list[RemovableHandle] = []
         for constant in (*model.parameters(), *model.buffers()):
             self._keep(constant, frozenset(), moved=False)
         for position, parameter in enumerate(chosen):
@@ -109,7 +120,13 @@ class Recorder(TorchFunctionMode):
     @property
     def path(self) -> tuple[Any, ...]:
         """What was called on what: passes of the same path take the same rules."""
-        return tuple(self.names), frozenset(self.hidden)
+        return tuple(self.names), frozenset(self.hidden), frozenset(self.placed)
+
+    def let_go(self) -> None:
+        """Take the hooks off: the graph would hold the recorder and the recorder the graph, for ever."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
 
     def _keep(self, tensor: Tensor, positions: frozenset[int], *, moved: bool) -> None:
         self._sides[id(tensor)] = Side(tensor, positions, moved)
@@ -118,11 +135,16 @@ class Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         tensors = list(_tensors(args, kwargs))
         sides = [self._sides.get(id(t)) for t in tensors]
+        name = _name(func)
+        if name in PLACING:
+            self.placed.add(name)
+        if not any(s.positions for s in sides if s is not None):
+            # Before the call, which may write over an index.
+            self.adrift = self.adrift or moves_samples(name, args, kwargs, self.samples)
         if not any(sides):
             out = func(*args, **kwargs)
             self._watch(func, args, out, made=not tensors)
             return out
-        name = _name(func)
         if name in REPEATS and sides[0] is not None:
             return self._repeat(func, sides[0], args, kwargs)
         if all(sides):
@@ -234,7 +256,7 @@ class Recorder(TorchFunctionMode):
                 call.deltas[i] = precise(delta.detach())
                 self.arrived(call)
 
-            tensor.register_hook(hook)
+            self._hooks.append(tensor.register_hook(hook))
             flat[i] = tensor
         self.calls.append(call)
         roles = tuple((role, tuple(sorted(side.positions)), side.moved) for role, side in sides.items())

@@ -63,7 +63,8 @@ def in_pieces(rows: Callable[[slice], Tensor], samples: int, shape: torch.Size) 
             row = some[0]
             first.add_(row)
             second.addcmul_(row, row)
-            norms[start] = row.dot(row)
+            # The error of a dot product in single precision grows with its length.
+            norms[start] = torch.stack([part.dot(part) for part in row.split(CACHE)]).sum()
         else:
             first.add_(some.sum(0))
             squares = some.square()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -35,6 +35,15 @@ NON_FINITE = (
 )
 
 
+class Position(NamedTuple):
+    """Where a run stands: the last two vectors ``[k, P]`` and the numbers ``[k]`` that the next step needs."""
+
+    previous: Tensor | None
+    current: Tensor
+    beta: Tensor
+    scale: Tensor
+
+
 @dataclass(frozen=True)
 class Tridiagonal:
     """The tridiagonal matrices of ``k`` start vectors.
@@ -45,7 +54,8 @@ class Tridiagonal:
         norms: Lengths ``[k]`` of the start vectors.
         lengths: How many steps ``[k]`` each start vector took before its Krylov space was exhausted.
         basis: The Lanczos vectors ``[k, m, P]`` where the policy stored them, else ``None``.
-        matvecs: Products made.
+        matvecs: Products made, with those of the run that this one goes on with.
+        position: Where a resumable run stands, else ``None``.
     """
 
     alphas: np.ndarray
@@ -54,6 +64,7 @@ class Tridiagonal:
     lengths: np.ndarray
     basis: Tensor | None
     matvecs: int
+    position: Position | None = None
 
     def quadrature(self) -> tuple[np.ndarray, np.ndarray]:
         """Nodes and weights ``[k, m]``, ascending along each row, the weights of a row adding up to 1.
@@ -70,11 +81,12 @@ class Tridiagonal:
 
 def lanczos(
     op: Any,
-    starts: Tensor,
+    starts: Tensor | Tridiagonal,
     steps: int,
     *,
     reorthogonalize: Reorthogonalize = "none",
     progress: Progress | None = None,
+    resumable: bool = False,
 ) -> Tridiagonal:
     """Run Lanczos from each row of ``starts`` ``[k, P]``, in lockstep.
 
@@ -83,41 +95,52 @@ def lanczos(
 
     Args:
         op: Any square object with ``shape`` and ``@``.
-        starts: Start vectors, not zero; left unchanged.
-        steps: Products for each start vector; more than ``P`` are clipped to ``P``.
+        starts: Start vectors, not zero; or a resumable run of this operator, which then goes on, the same to the last
+            bit as if it had not stopped. Left unchanged.
+        steps: Products for each start vector, those of a run that goes on among them; more than ``P`` are clipped to
+            ``P``.
         reorthogonalize: ``"none"`` keeps three vectors for each start; a converged eigenvalue then appears as
             several copies that share its weight (Greenbaum 1989), so quadrature stays right. ``"partial"`` stores
             the basis and makes one Gram-Schmidt pass against it at each step; ``"full"`` makes two, which is
             orthogonal to rounding level whatever the spectrum (Giraud et al. 2005). Passes at some steps only
             are not offered: on a heavy-tailed spectrum in float32 orthogonality is lost between them.
         progress: Called after each step.
+        resumable: Keep the last two vectors of each start, to go on from.
 
     Raises:
-        ArgumentError: Wrong shapes or options, or a zero start vector.
+        ArgumentError: Wrong shapes or options, a zero start vector, or a run that cannot go on.
         NonFiniteError: A product held NaN or infinite numbers.
         TooLargeError: The stored basis does not fit into memory.
     """
     operator = op if isinstance(op, LinearMap) else linear_map(op)
     dtype = working_dtype(operator)
-    if starts.ndim != 2 or starts.shape[1] != operator.size or not len(starts):
+    if isinstance(starts, Tensor) and (starts.ndim != 2 or starts.shape[1] != operator.size or not len(starts)):
         raise ArgumentError(f"start vectors are rows [k, {operator.size}], not of shape {tuple(starts.shape)}")
     if isinstance(steps, bool) or int(steps) != steps or steps < 1:
         raise ArgumentError(f"Lanczos takes a positive number of steps, not {steps!r}")
     if reorthogonalize not in ("none", "partial", "full"):
         raise ArgumentError(f'reorthogonalize is "none", "partial" or "full", not {reorthogonalize!r}')
-    steps, k = min(int(steps), operator.size), len(starts)
+    if (resumable or isinstance(starts, Tridiagonal)) and reorthogonalize != "none":
+        raise ArgumentError('a run goes on from its last two vectors: it takes reorthogonalize="none"')
+    steps, k = min(int(steps), operator.size), len(starts.norms if isinstance(starts, Tridiagonal) else starts)
     basis = None if reorthogonalize == "none" else _allocate(k, steps, operator, dtype)
 
-    current = starts.detach().to(device=operator.device, dtype=dtype, copy=True).contiguous()
     previous: Tensor | None = None
-    norms = row_dots(current, current).sqrt()
-    current.mul_((1 / norms).to(dtype)[:, None])
-    alphas = norms.new_zeros(steps, k)
-    betas = norms.new_zeros(steps, k)
+    if isinstance(starts, Tridiagonal):
+        done = starts.alphas.shape[1]
+        previous, current, beta, scale = _left_at(starts, operator, steps)
+        norms = torch.from_numpy(starts.norms).to(beta)
+    else:
+        done, current = 0, starts.detach().to(device=operator.device, dtype=dtype, copy=True).contiguous()
+        norms = row_dots(current, current).sqrt()
+        current.mul_((1 / norms).to(dtype)[:, None])
+        beta = scale = torch.zeros_like(norms)
+    alphas, betas = norms.new_zeros(steps, k), norms.new_zeros(steps, k)
+    if isinstance(starts, Tridiagonal):
+        alphas[:done], betas[:done] = (torch.from_numpy(old.T).to(norms) for old in (starts.alphas, starts.betas))
     finite = torch.ones_like(norms, dtype=torch.bool)
-    scale, beta = torch.zeros_like(norms), torch.zeros_like(norms)
 
-    for j in range(steps):
+    for j in range(done, steps):
         fresh = product(operator, current)
         # Subtracting the older vector before taking the diagonal entry is the stable order (Paige 1972).
         if previous is not None:
@@ -153,6 +176,7 @@ def lanczos(
         lengths=lengths,
         basis=basis,
         matvecs=steps * k,
+        position=Position(previous, current, beta, scale) if resumable else None,
     )
 
 
@@ -213,6 +237,22 @@ def _dot(x: Tensor, y: Tensor, piece: int, wide: torch.dtype) -> Tensor:
         return torch.dot(x, y).to(wide)
     parts = [torch.dot(a, b) for a, b in zip(x.split(piece), y.split(piece), strict=True)]
     return torch.stack(parts).sum(dtype=wide)
+
+
+def _left_at(run: Tridiagonal, operator: LinearMap, steps: int) -> Position:
+    """Where a run can go on from, to ``steps`` in all.
+
+    Raises:
+        ArgumentError: It cannot.
+    """
+    if run.position is None:
+        raise ArgumentError("this Lanczos run kept no vectors to go on from: make it with resumable=True")
+    order, done = run.position.current.shape[1], run.alphas.shape[1]
+    if order != operator.size:
+        raise ArgumentError(f"a Lanczos run with a matrix of order {order} cannot go on with one of {operator.size}")
+    if steps < done:
+        raise ArgumentError(f"this Lanczos run has taken {done} steps, more than the {steps} that it is to have taken")
+    return run.position
 
 
 def _allocate(k: int, steps: int, operator: LinearMap, dtype: torch.dtype) -> Tensor:

@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass
 
 from curvdiag.errors import ArgumentError
-from curvdiag.noise.departure import Departure
-from curvdiag.noise.power_law import Directions, PowerLaw
 from curvdiag.results import Result
+from curvdiag.scaling.departure import Departure
+from curvdiag.scaling.power_law import Directions, PowerLaw
 
 # A change of the local exponent, over the range that was measured, that no single exponent may hide: half of the way
 # from C proportional to H to C proportional to H^2.
@@ -48,11 +48,13 @@ def judge(held_out: Directions, *, method: str = "ols") -> Verdict:
     """The verdict on a held-out measurement, at the largest number of directions that has an interval.
 
     Where C is proportional to H it says otherwise in about 6 of 100 repetitions: 5 for the interval of 95 %, 1 for the
-    test of single directions (measured: 6 to 7 with 2,000 samples, 6 to 8 with 400, up to 14 with 100).
+    test of single directions (measured: 5 to 7 with 2,000 samples or more, 7 to 8 with 400, 7 to 12 with 100).
 
-    The verdict is on the basis it was given. A basis found on few samples mixes some of the strongest directions into
-    the weakest, and there adds more to C than to H where the noise is superlinear: the line bends, and "not a power
-    law" then means that there were too few samples for the basis, or few for so wide a range.
+    The verdict is on the basis it was given: "proportional" in a basis from few samples does not show that C is
+    proportional to H in the population's eigenbasis (:func:`~curvdiag.scaling.measure.scaling_test` says how far the
+    exponent is pulled towards 1). Such a basis also mixes some of the strongest directions into the weakest, and there
+    adds more to C than to H where the noise is superlinear: the line bends, and "not a power law" then means that there
+    were too few samples for the basis, or few for so wide a range.
 
     Args:
         held_out: Along directions that other samples gave.

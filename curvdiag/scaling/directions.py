@@ -1,8 +1,10 @@
-"""What each sample's gradient and Hessian do along given directions, without a matrix or a per-sample gradient."""
+"""What each sample's gradient and Hessian do along given directions, without a matrix."""
 
 from __future__ import annotations
 
 import copy
+import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -12,8 +14,12 @@ from torch import Tensor
 from curvdiag.data import Batch, can_cut, can_merge, merge, sample_count, take
 from curvdiag.errors import ArgumentError, LossError, NonFiniteError, SecondDerivativeError
 from curvdiag.memory import free_bytes
-from curvdiag.noise.power_law import DirectionSamples
-from curvdiag.noise.sample_derivatives import (
+from curvdiag.objective import Objective
+from curvdiag.operators.gradient_graph import GradientGraph
+from curvdiag.operators.graphs import GraphEngine
+from curvdiag.scaling.layer_derivatives import by_layers
+from curvdiag.scaling.power_law import DirectionSamples
+from curvdiag.scaling.sample_derivatives import (
     Direction,
     Pair,
     Place,
@@ -22,9 +28,6 @@ from curvdiag.noise.sample_derivatives import (
     reverse_mode,
     squares_by_vmap,
 )
-from curvdiag.objective import Objective
-from curvdiag.operators.gradient_graph import GradientGraph
-from curvdiag.operators.graphs import GraphEngine
 from curvdiag.spectrum.lanczos import Progress
 from curvdiag.weights import Weights
 
@@ -47,10 +50,11 @@ def direction_samples(
     """``v_k . g_i``, ``v_k^T h_i v_k`` and with ``squares`` ``||h_i v_k||^2``, for each sample i and direction k.
 
     ``g_i`` and ``h_i`` carry the weight ``N / Z`` that makes their plain means the objective's gradient and Hessian.
-    Slopes and curvatures come from nested forward mode, a few forward passes a direction for all samples together;
-    where an operation has none, or a wrong one, from reverse mode; and where that fails from one graph a sample. What
-    is used was compared with the definition on a few samples first. Squares take a Hessian product for each sample
-    and direction.
+    All three come from what layers see, at the price of a few forward passes a direction for all samples together.
+    Where a parameter is used in a way that is not known, slopes and curvatures come from nested forward mode, and
+    squares from the Hessian product of each sample; where an operation has no forward mode, or a wrong one, from
+    reverse mode, and where that fails from one graph a sample. What is used was compared with the definition on a few
+    samples first.
 
     Args:
         objective: Its losses must be known for each sample.
@@ -92,12 +96,14 @@ class _Ways:
     """How slopes and curvatures are computed, and how squares are; None takes all three from one graph a sample.
 
     Attributes:
+        whole: All that is wanted together; None where this fails.
         pair: Slopes and curvatures.
         square: Squares from the Hessian products of several samples at once.
         squares: Whether squares are wanted.
         at_once: Samples that a piece may hold.
     """
 
+    whole: Callable[..., list[Tensor]] | None
     pair: Callable[[Place, Batch, Sequence[Direction]], Pair] | None
     square: Callable[[Place, Batch, Sequence[Direction]], Tensor] | None
     squares: bool
@@ -107,13 +113,19 @@ class _Ways:
     def tried(cls, place: Place, *, squares: bool) -> _Ways:
         """The fastest ways that agree with the definition on a few samples and a random direction."""
         objective = place.objective
-        batch = objective.batches[0]
+        batch = max(itertools.islice(_pieces(objective, TRIAL), 2), key=sample_count)
         few = take(batch, slice(0, TRIAL)) if can_cut(batch) else batch
         generator = torch.Generator().manual_seed(0)
         random = torch.randn(objective.parameters.size, 1, generator=generator, dtype=torch.float64)
         trial = place.directions(random)
         truth = one_by_one(place, few, trial)
         at_once = _check_against_engine(place, few, random, truth)
+        wanted = truth if squares else truth[:2]
+        # One sample does not tell where in a tensor the samples lie.
+        if sample_count(few) > 1 and all(
+            _agree(functools.partial(by_layers, squares=squares), place, few, trial, wanted)
+        ):
+            return cls(by_layers, None, None, squares, at_once)
         pair = None
         for way in (forward_mode, reverse_mode):
             if all(_agree(way, place, few, trial, truth[:2])):
@@ -125,9 +137,11 @@ class _Ways:
 
         fast = squares and can_cut(batch)
         fast = fast and all(_agree(lambda *args: (square(*args),), place, few, trial, truth[2:]))
-        return cls(pair, square if fast else None, squares, at_once)
+        return cls(None, pair, square if fast else None, squares, at_once)
 
     def __call__(self, place: Place, piece: Batch, directions: Sequence[Direction]) -> list[Tensor]:
+        if self.whole is not None:
+            return self.whole(place, piece, directions, squares=self.squares)
         if self.pair is None or (self.squares and self.square is None):
             found = one_by_one(place, piece, directions)
             return list(found if self.squares else found[:2])

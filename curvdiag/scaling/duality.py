@@ -33,9 +33,10 @@ from torch import Tensor
 
 from curvdiag.errors import ArgumentError, NonFiniteError, TooLargeError
 from curvdiag.memory import free_bytes, human_bytes
-from curvdiag.noise.dual_changes import Changes, ChangeStatistics, FirstOrder
-from curvdiag.noise.kronecker import CHUNK, KroneckerLayer
 from curvdiag.results import Result
+from curvdiag.scaling.dual_changes import Changes, ChangeStatistics, FirstOrder
+from curvdiag.scaling.kronecker import CHUNK, KroneckerLayer
+from curvdiag.scaling.power_law import DirectionSamples
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,8 @@ def activity_weight_duality(
     partners: Tensor | None = None,
     batch_size: int = 50,
     dense: bool = True,
+    covariance: Tensor | None = None,
+    along: DirectionSamples | None = None,
 ) -> Duality:
     """The dual weight changes of a layer ``z = W a`` and the covariances they predict, in float64.
 
@@ -133,6 +136,8 @@ def activity_weight_duality(
         partners: Index of the partner of each sample ``[N]``, -1 for none; nearest of its class by default.
         batch_size: ``B`` of the whole prediction; 1 makes it the same-sample part. The published MNIST runs have 50.
         dense: Build each ``D x D`` matrix, for the cosines; without it they are NaN.
+        covariance: The layer's C ``[D, D]``, where it is known already.
+        along: What the layer's samples do along the directions, where that is known already.
 
     Raises:
         ArgumentError: Shapes disagree, or no sample has a partner.
@@ -151,17 +156,18 @@ def activity_weight_duality(
     trace = float((_squares(delta) * _squares(a)).mean() - mean @ mean)
     noise = curvature = None
     if directions is not None:
-        slopes = layer.along(directions.double(), squares=False)
-        noise, curvature = slopes.noise.numpy(), slopes.curvature.numpy()
-    covariance = layer.covariance() if dense else None
+        along = along or layer.along(directions.double(), squares=False)
+        noise, curvature = along.noise.numpy(), along.curvature.numpy()
+    if dense and covariance is None:
+        covariance = layer.covariance()
 
     def predict(moment: _Moment) -> Prediction:
         matrix = moment.matrix() if dense else None
-        along = None if directions is None else moment.along(directions.to(a), matrix).cpu().numpy()
+        values = None if directions is None else moment.along(directions.to(a), matrix).cpu().numpy()
         similar = math.nan
         if matrix is not None and covariance is not None:
             similar = _ratio(float((matrix * covariance).sum()), float(matrix.norm() * covariance.norm()))
-        return Prediction(_ratio(moment.trace(), trace), similar, along, _slope(along, curvature))
+        return Prediction(_ratio(moment.trace(), trace), similar, values, _slope(values, curvature))
 
     predictions = {name: predict(moment) for name, moment in _moments(changes, statistics, batch_size).items()}
     return Duality(

@@ -1,7 +1,7 @@
 """Partner samples of a fully connected layer, and the weight changes that equal the steps to them.
 
 All in float64, by factors: ``dw_p = w_p a_p^T`` with ``w_p = W (a_partner - a_p) / |a_p|^2``. See
-:mod:`curvdiag.noise.duality`.
+:mod:`curvdiag.scaling.duality`.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from curvdiag.errors import ArgumentError
-from curvdiag.noise.kronecker import CHUNK, KroneckerLayer
 from curvdiag.results import Result
+from curvdiag.scaling.kronecker import CHUNK, KroneckerLayer
 
 # Up to this order all eigenvalues are computed: about half a minute on one core.
 SPECTRUM_LIMIT = 5000

@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from curvdiag.errors import ArgumentError, NonFiniteError
-from curvdiag.noise import fits
-from curvdiag.noise.bootstrap import Moments, corrected_interval
-from curvdiag.noise.departure import Departure, departure
 from curvdiag.results import Result
+from curvdiag.scaling import fits
+from curvdiag.scaling.bootstrap import Moments, corrected_interval
+from curvdiag.scaling.departure import Departure, departure
 from curvdiag.spectrum.probes import Seed, resolve_seed
 
 Array = NDArray[np.float64]

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from curvdiag.noise import fits
-from curvdiag.noise.bootstrap import corrected_interval
 from curvdiag.results import Result
+from curvdiag.scaling import fits
+from curvdiag.scaling.bootstrap import corrected_interval
 
 Array = NDArray[np.float64]
 

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from curvdiag.data import Batch, sample_count
 from curvdiag.errors import ArgumentError, LossError, TooLargeError
 from curvdiag.memory import free_bytes, human_bytes
-from curvdiag.noise.power_law import DirectionSamples
 from curvdiag.objective import Objective
 from curvdiag.operators.gradient_graph import GradientGraph
 from curvdiag.operators.graphs import GraphEngine
+from curvdiag.scaling.power_law import DirectionSamples
 from curvdiag.weights import Weights
 
 # Numbers that a chunk of an intermediate product may hold (128 MiB of float64).
@@ -130,21 +130,27 @@ class KroneckerLayer:
     def _sum(self, factors: Tensor) -> Tensor:
         """``(1/N) sum_i F_i kron a_i a_i^T`` for symmetric ``F_i`` ``[N, out, out]``."""
         outputs, inputs = self.output_gradients.shape[1], self.activations.shape[1]
-        out = torch.zeros(outputs, inputs, outputs, inputs, dtype=torch.float64, device=factors.device)
-        for part in self._chunks(inputs * outputs):
+        # Both factors are symmetric: one product of their upper triangles is a quarter of the work.
+        upper, places = _triangle(outputs, factors.device)
+        pairs, columns = _triangle(inputs, factors.device)
+        out = torch.zeros(upper.shape[1], pairs.shape[1], dtype=torch.float64, device=factors.device)
+        for part in self._chunks(upper.shape[1] + pairs.shape[1]):
             a = self.activations[part]
-            for row in range(outputs):
-                # The other half follows from symmetry.
-                scaled = torch.einsum("np,nj->npj", factors[part, row, row:], a)
-                out[row, :, row:] += (a.T @ scaled.flatten(1)).reshape(inputs, -1, inputs)
-        for row in range(outputs):
-            out[row + 1 :, :, row] = out[row, :, row + 1 :].transpose(0, 1)
-        return out.reshape(self.size, self.size) / self.samples
+            out.addmm_(factors[part][:, *upper].T, a[:, pairs[0]] * a[:, pairs[1]], alpha=1 / self.samples)
+        return out[places[:, None, :, None], columns[None, :, None]].reshape(self.size, self.size)
 
     def _chunks(self, width: int) -> list[slice]:
         """Runs of samples whose intermediate products of ``width`` numbers each stay small."""
         step = max(1, CHUNK // max(width, 1))
         return [slice(start, min(start + step, self.samples)) for start in range(0, self.samples, step)]
+
+
+def _triangle(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The upper triangle of a symmetric matrix ``[2, k]``, and where in it each entry of the whole is."""
+    upper = torch.triu_indices(size, size, device=device)
+    places = torch.empty(size, size, dtype=torch.long, device=device)
+    places[upper[0], upper[1]] = places[upper[1], upper[0]] = torch.arange(upper.shape[1], device=device)
+    return upper, places
 
 
 def _layer(objective: Objective) -> nn.Linear:

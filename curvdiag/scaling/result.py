@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from curvdiag.estimate import Estimate
-from curvdiag.noise.alignment import Window
-from curvdiag.noise.duality import Duality
-from curvdiag.noise.power_law import Directions, PowerLaw
-from curvdiag.noise.verdict import Verdict
 from curvdiag.results import Result
+from curvdiag.scaling.alignment import Window
+from curvdiag.scaling.duality import Duality
+from curvdiag.scaling.power_law import Directions, PowerLaw
+from curvdiag.scaling.verdict import Verdict
 
 Array = NDArray[np.float64]
 Truths = NDArray[np.bool_]

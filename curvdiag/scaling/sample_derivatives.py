@@ -198,7 +198,7 @@ class _PlainForwardOperations(TorchFunctionMode):
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        plain = _PLAIN.get(func)
+        plain = PLAIN.get(func)
         return (plain or func)(*args, **(kwargs or {}))
 
 
@@ -246,7 +246,7 @@ def _scaled_and_shifted(out: Tensor, weight: Tensor | None, bias: Tensor | None)
     return out if bias is None else out + bias
 
 
-_PLAIN: dict[Any, Callable[..., Tensor]] = {
+PLAIN: dict[Any, Callable[..., Tensor]] = {
     F.layer_norm: _layer_norm,
     torch.layer_norm: _layer_norm,
     F.group_norm: _group_norm,

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from curvdiag.errors import ArgumentError, NonFiniteError
 from curvdiag.estimate import Estimate
-from curvdiag.noise.haar import SpectralMoments, random_commutator, random_cosine, random_coupling
-from curvdiag.noise.joint_traces import Means, joint_traces
 from curvdiag.results import Result
+from curvdiag.scaling.haar import SpectralMoments, random_commutator, random_cosine, random_coupling
+from curvdiag.scaling.joint_traces import Means, joint_traces
 from curvdiag.spectrum.lanczos import Progress, row_dots
 from curvdiag.spectrum.probes import Seed, resolve_seed
 

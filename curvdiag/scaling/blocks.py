@@ -17,13 +17,13 @@ from torch import Tensor
 
 from curvdiag.errors import ArgumentError, TooLargeError
 from curvdiag.memory import free_bytes, human_bytes
-from curvdiag.noise.directions import direction_samples
-from curvdiag.noise.kronecker import KroneckerLayer
-from curvdiag.noise.power_law import DirectionSamples
 from curvdiag.objective import Objective
 from curvdiag.operators.hessian import Hessian
 from curvdiag.operators.noise import NoiseCovariance
 from curvdiag.samples import per_sample_gradients
+from curvdiag.scaling.directions import direction_samples
+from curvdiag.scaling.kronecker import KroneckerLayer
+from curvdiag.scaling.power_law import DirectionSamples
 from curvdiag.spectrum.eigen import top_eigenpairs
 from curvdiag.spectrum.lanczos import Progress
 

@@ -31,9 +31,15 @@ class Moments:
         self.values = {name: term.mean(0) for name, term in self._terms.items()}
         self.logs = {name: _log(value) for name, value in self.values.items()}
         self.replicates: dict[str, Array] = {}
+        self._covariances: dict[tuple[str, str], Array] = {}
 
     def relative_covariance(self, one: str, other: str) -> Array:
         """Covariance of two relative errors, direction by direction: that of natural logarithms to first order."""
+        if (one, other) not in self._covariances:
+            self._covariances[one, other] = self._relative_covariance(one, other)
+        return self._covariances[one, other]
+
+    def _relative_covariance(self, one: str, other: str) -> Array:
         with np.errstate(invalid="ignore", divide="ignore"):
             product = ((self._terms[one] - self.values[one]) * (self._terms[other] - self.values[other])).mean(0)
             return product / (self.values[one] * self.values[other] * self.samples)
