@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from curvdiag import CurvatureMonitor, Every, LogSpaced, Objective, OverheadBudget
 from curvdiag.errors import ArgumentError
+from curvdiag.monitor.measurement import Found
 
 
 def objective():
@@ -158,9 +159,9 @@ def clock(monkeypatch):
     monkeypatch.setattr("curvdiag.monitor.clock.time", fake)
     monkeypatch.setattr("curvdiag.monitor.monitor.time", fake)
 
-    def measured(objective, settings):
+    def measured(objective, settings, *, strict):
         fake.now += 20.0
-        return {"curv/hessian/lambda_max": 1.0}, {}, [], 7
+        return Found({"curv/hessian/lambda_max": 1.0}, {}, [], 7)
 
     def gradient(self):
         fake.now += 0.5
