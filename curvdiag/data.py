@@ -175,6 +175,10 @@ def map_tensors(function: Callable[[Tensor], Tensor], batch: Batch) -> Batch:
 
 def tensors_of(batch: Batch) -> list[Tensor]:
     """All tensors of a nest, in order."""
+    if isinstance(batch, Tensor):
+        return [batch]
+    if type(batch) in (tuple, list):  # asked for often, and most batches are pairs
+        return [tensor for part in batch for tensor in tensors_of(part)]
     found: list[Tensor] = []
 
     def collect(tensor: Tensor) -> Tensor:

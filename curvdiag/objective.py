@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -135,10 +136,7 @@ class Objective:
     @property
     def dtype(self) -> torch.dtype:
         """The type of a flat vector: the widest among the chosen parameters."""
-        dtype = self._live[0].dtype
-        for tensor in self._live[1:]:
-            dtype = torch.promote_types(dtype, tensor.dtype)
-        return dtype
+        return functools.reduce(torch.promote_types, {tensor.dtype for tensor in self._live})
 
     @property
     def _live(self) -> list[Tensor]:

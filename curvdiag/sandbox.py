@@ -62,14 +62,16 @@ def sandbox(model: nn.Module, mode: Mode, device: torch.device, *, twice: bool) 
             for module in sparse:  # sparse gradients cannot be differentiated again
                 module.sparse = False  # type: ignore[assignment]
             if mode == "eval":
-                for module, _ in flags:
-                    module.training = False
+                for module, flag in flags:
+                    if flag:  # assigning to a module is slow
+                        module.training = False
             else:
                 model.train()
             yield
         finally:
             for module, flag in flags:
-                module.training = flag
+                if module.training != flag:
+                    module.training = flag
             for module in sparse:
                 module.sparse = True  # type: ignore[assignment]
 

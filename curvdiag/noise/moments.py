@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -88,7 +90,10 @@ def gradient_moments(objective: Objective, *, dtype: torch.dtype | None = None) 
     kind = result_dtype(objective, dtype)
     sums: list[Totals] = []
     ways = ["rule"] * len(layout)
-    for group, (_, found, plan) in enumerate(all_totals(objective, weights, dtype)):
+    mean, diagonal = (torch.empty(layout.size, dtype=kind, device=objective.device) for _ in range(2))
+    means, diagonals = layout.views(mean), layout.views(diagonal)
+    room = list(zip(means, diagonals, strict=True))
+    for group, (_, found, plan) in enumerate(all_totals(objective, weights, dtype, room)):
         # Sums within a group are in the working precision, sums over groups in double.
         sums = (
             found
@@ -96,25 +101,25 @@ def gradient_moments(objective: Objective, *, dtype: torch.dtype | None = None) 
             else [(one.double() if group == 1 else one) + new for one, new in zip(sums, found, strict=True)]
         )
         ways = [max(a, b, key=_ORDER.index) for a, b in zip(ways, plan.ways, strict=True)]
-    mean, diagonal = (torch.empty(layout.size, dtype=kind, device=objective.device) for _ in range(2))
-    lengths = _finish(sums, layout.views(mean), layout.views(diagonal), objective)
+    lengths = _finish(sums, means, diagonals, objective)
     squares = torch.stack([t.norms.double() for t in sums]) * scale**2
     traces = squares.mean(1) - lengths
-    if not bool(traces.isfinite().all()):
-        names = [name for name, fine in zip(layout.names, traces.isfinite().tolist(), strict=True) if not fine]
-        raise NonFiniteError(f"the loss is finite and its gradient in {names[0]!r} is not for some sample")
+    length, trace = (dict(zip(layout.names, each.tolist(), strict=True)) for each in (lengths, traces))
+    bad = [name for name in layout.names if not math.isfinite(trace[name])]
+    if bad:
+        raise NonFiniteError(f"the loss is finite and its gradient in {bad[0]!r} is not for some sample")
     blocks = {}
     for name, members in layout.layers().items():
-        rows = [layout.names.index(member) for member in members]
+        rows = [squares[layout.names.index(member)] for member in members]
         blocks[name] = BlockMoments(
-            float(lengths[rows].sum().sqrt()),
-            float(traces[rows].sum().clamp(min=0.0)),
-            squares[rows].sum(0).sqrt().to(kind),
+            math.sqrt(sum(length[member] for member in members)),
+            max(0.0, sum(trace[member] for member in members)),
+            functools.reduce(torch.add, rows).sqrt().to(kind),
         )
     return GradientMoments(
         mean,
         diagonal,
-        float(traces.sum().clamp(min=0.0)),
+        max(0.0, sum(trace.values())),
         squares.sum(0).sqrt().to(kind),
         objective.size,
         blocks,
@@ -131,10 +136,8 @@ def _finish(sums: list[Totals], means: list[Tensor], diagonals: list[Tensor], ob
     lengths = []
     for own, mean, diagonal in zip(sums, means, diagonals, strict=True):
         if own.first.dtype == mean.dtype:  # written where it belongs: on a fast net every pass over P numbers counts
-            first, second = (
-                torch.mul(own.first, scale / count, out=mean),
-                torch.mul(own.second, scale**2 / count, out=diagonal),
-            )
+            first = torch.mul(own.first, scale / count, out=mean)
+            second = torch.mul(own.second, scale**2 / count, out=diagonal)
             second.addcmul_(first, first, value=-1).clamp_(min=0.0)
         else:
             first, second = own.first * (scale / count), own.second * (scale**2 / count)

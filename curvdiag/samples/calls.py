@@ -33,6 +33,7 @@ class Call:
         samples: B, the number of samples in the batch.
         deltas: The gradient of the loss in each output; None until the backward pass, or where none flows.
         sides: What the parameters were made of, by role; set by who records.
+        room: Where a role's sums may be written, first and second; a rule may leave it alone.
     """
 
     signature: ClassVar[Names] = ()
@@ -45,6 +46,7 @@ class Call:
         self.arguments, self.given, self.samples = arguments, given, samples
         self.deltas: list[Tensor | None] = [None]
         self.sides: dict[str, Any] = {}
+        self.room: dict[str, tuple[Tensor, Tensor]] = {}
         self.prepare()
         if not self.keeps:
             self.arguments = {}

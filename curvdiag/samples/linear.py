@@ -78,9 +78,10 @@ class Linear(Call):
             return Totals(delta.sum(0), self._squared.sum(0), self._squared.sum(1))
         squared, x2 = self._squared, x.square()
         norms = squared.sum(1) * x2.sum(1)
+        first, second = self.room.get(role, (None, None))
         if self.transposed:
-            return Totals(x.T @ delta, x2.T @ squared, norms)
-        return Totals(delta.T @ x, squared.T @ x2, norms)
+            return Totals(torch.mm(x.T, delta, out=first), torch.mm(x2.T, squared, out=second), norms)
+        return Totals(torch.mm(delta.T, x, out=first), torch.mm(squared.T, x2, out=second), norms)
 
 
 class MatMul(Linear):

@@ -31,6 +31,11 @@ class Use:
     def key(self) -> tuple[int, str]:
         return self.index, self.role
 
+    def offer(self, leaf: Tensor, room: tuple[Tensor, Tensor]) -> None:
+        """Room for the sums, where the call's are those of the parameter ``leaf`` as it stands."""
+        if self.side.tensor is leaf and precise(leaf).dtype == room[0].dtype:
+            self.call.room[self.role] = room
+
     def rows(self, layout: str, which: slice, leaf: Tensor) -> Tensor | None:
         """Per-sample gradients ``[b, ...]`` of the parameter ``leaf`` through this call."""
         count = len(range(*which.indices(self.call.samples)))

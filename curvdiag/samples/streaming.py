@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from curvdiag.data import Batch, can_cut, can_merge, merge, sample_count, take
+from curvdiag.data import Batch, can_cut, merge, sample_count, signature, take
 from curvdiag.errors import ArgumentError, LossError
 from curvdiag.memory import free_bytes
 from curvdiag.objective import Objective
@@ -22,6 +22,9 @@ from curvdiag.weights import Weights
 LARGEST_GROUP = 1024
 SHARE = 1 << 30
 """Most samples, and most bytes of activations, that batches are merged up to."""
+
+SMALL = 1 << 26
+"""Bytes of activations for which nobody asks how much memory is free: the answer takes most of a millisecond."""
 
 
 def per_sample_gradients(
@@ -92,14 +95,23 @@ def result_dtype(objective: Objective, dtype: torch.dtype | None) -> torch.dtype
     return torch.promote_types(dtype or objective.dtype, torch.float32)
 
 
+Room = Sequence[tuple[Tensor, Tensor]]
+"""For each parameter where the sums of its gradients and of their squares may be written."""
+
+
 def all_totals(
-    objective: Objective, weights: Weights, dtype: torch.dtype | None
+    objective: Objective, weights: Weights, dtype: torch.dtype | None, room: Room = ()
 ) -> Iterator[tuple[int, list[Totals], Plan]]:
-    """Group by group: its samples, the sums of ``grad t_i`` by parameter, and how each was computed."""
+    """Group by group: its samples, the sums of ``grad t_i`` by parameter, and how each was computed.
+
+    Args:
+        room: For the sums of the first group, as far as they fit.
+    """
     positions = list(range(len(weights.chosen)))
     for batch in _merged(objective, weights, dtype):
-        group = Group(objective, weights, batch, dtype, positions)
+        group = Group(objective, weights, batch, dtype, positions, room)
         yield group.samples, group.totals(), group.plan
+        room = ()
 
 
 def _merged(objective: Objective, weights: Weights, dtype: torch.dtype | None) -> Iterator[Batch]:
@@ -110,15 +122,21 @@ def _merged(objective: Objective, weights: Weights, dtype: torch.dtype | None) -
     plan = Group(objective, weights, objective.batches[0], dtype, []).look_ahead()
     # Beside what the calls keep, a graph holds about as much again.
     each = 3 * plan.numbers_per_sample * result_dtype(objective, dtype).itemsize
-    budget = min(SHARE, free_bytes(objective.device) // 8)
-    most = min(LARGEST_GROUP, int(budget // each)) if each > 0 else 1
+    if each == 0:
+        most = 1
+    elif each * min(objective.size, LARGEST_GROUP) <= SMALL:
+        most = LARGEST_GROUP
+    else:
+        most = min(LARGEST_GROUP, int(min(SHARE, free_bytes(objective.device) // 8) // each))
     group: list[Batch] = []
+    size, kind = 0, ""
     for batch in objective.batches:
-        size = sum(map(sample_count, group)) + sample_count(batch)
-        if group and (size > most or not can_merge(group[-1], batch)):
+        own_size, own_kind = sample_count(batch), signature(batch)
+        if group and (size + own_size > most or own_kind != kind):
             yield merge(group)
-            group = []
+            group, size = [], 0
         group.append(batch)
+        size, kind = size + own_size, own_kind
     yield merge(group)
 
 
@@ -127,6 +145,7 @@ class Group:
 
     Args:
         positions: The parameters that are asked for.
+        room: For the sums of each parameter of ``weights``; none if empty.
     """
 
     def __init__(
@@ -136,9 +155,10 @@ class Group:
         batch: Batch,
         dtype: torch.dtype | None,
         positions: Sequence[int],
+        room: Room = (),
     ) -> None:
         self.objective, self.weights, self.batch, self.dtype = objective, weights, batch, dtype
-        self.positions = positions
+        self.positions, self.room = positions, room
         self.samples = sample_count(batch)
         self.passed: Pass | None = None
         self.uses: list[list[Use]] = []
@@ -190,6 +210,8 @@ class Group:
 
     def _sum(self, passed: Pass, position: int) -> Totals:
         uses = self.uses[position]
+        if self.room and simple(uses):
+            uses[0].offer(self.weights.chosen[position], self.room[position])
         return passed.totals(position, uses, self.plan.laid_out(uses))
 
     def totals(self) -> list[Totals]:
