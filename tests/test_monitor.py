@@ -237,7 +237,8 @@ def test_weights_replaced_in_the_middle_of_a_run_are_the_ones_measured():
 BASE = {"curv/hessian/lambda_max", "curv/hessian/lambda_max_residual", "curv/hessian/trace"}
 ALWAYS = {"curv/cost/seconds", "curv/cost/gradients", "curv/cost/matvecs", "curv/overhead"}
 STANDARD = {"curv/hessian/lambda_min", "curv/hessian/frobenius_norm"}
-NOISE = {"noise/scale", "noise/scale_curvature", "noise/trace", "noise/cwgd"}
+NOISE = {"noise/scale", "noise/scale_curvature", "noise/trace", "noise/cwgd", "noise/gradient_square"}
+NOISE |= {"noise/gradient_square_probe", "noise/gradient_curvature", "noise/trace_hc"}
 NOISE |= {f"align/{name}{end}" for name in ("cosine", "commutator") for end in ("", "_baseline")}
 OPTIMIZER = {"train/lr/0", "train/momentum/0", "train/loss"}
 

@@ -104,7 +104,7 @@ def clock(monkeypatch, model, *, step, measurement, error=None):
     def took(seconds):
         now[0] += seconds
 
-    def measured(objective, settings, strict):
+    def measured(objective, settings, **_):
         took(measurement)
         if error is not None:
             raise error

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from torch.optim import Optimizer
+
 from curvdiag.errors import ArgumentError
 from curvdiag.monitor.quantities import QUANTITIES, Scalars, Workbench
 from curvdiag.monitor.settings import Settings
@@ -63,8 +65,12 @@ class Found:
     failures: dict[str, Exception] = field(default_factory=dict)
 
 
-def measure(objective: Objective, settings: Settings, *, strict: bool = False) -> Found:
+def measure(
+    objective: Objective, settings: Settings, *, strict: bool = False, optimizer: Optimizer | None = None
+) -> Found:
     """Measure the quantities of the settings; one that fails does not take the others with it.
+
+    The ``optimizer`` is that of the training, for what depends on its steps.
 
     Raises:
         Exception: With ``strict`` the first failure; without it the first where nothing succeeded.
@@ -73,7 +79,7 @@ def measure(objective: Objective, settings: Settings, *, strict: bool = False) -
     if obstacle is not None and settings.preset is None:
         raise obstacle
     names = settings.quantities if obstacle is None else settings.without_noise()
-    work = Workbench(objective, settings, names)
+    work = Workbench(objective, settings, names, optimizer)
     unreached = work.hessian.unreached if set(names) != {"noise_trace"} else []  # fails once for all that need it
     failures: dict[str, Exception] = {}
     for name in names:

@@ -4,31 +4,31 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 import time
 import warnings
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
 from curvdiag.errors import ArgumentError, CurvdiagWarning
 from curvdiag.monitor.cadence import Cadence, Every, LogSpaced, OverheadBudget
-from curvdiag.monitor.clock import Clock
+from curvdiag.monitor.follower import Follower
 from curvdiag.monitor.measurement import Measurement, measure
+from curvdiag.monitor.price import Price
 from curvdiag.monitor.recorder import Recorder
+from curvdiag.monitor.scaling import require_scaling
 from curvdiag.monitor.settings import Preset, Settings
-from curvdiag.monitor.training import as_number, optimizer_scalars, synchronize, was_skipped
+from curvdiag.monitor.training import numbers_in, optimizer_scalars, synchronize
 from curvdiag.objective import Objective
 from curvdiag.record import Run, RunStore
 
 log = logging.getLogger(__name__)
 
 
-class CurvatureMonitor:
+class CurvatureMonitor(Follower):
     """Watches the Hessian of an objective, and the noise of its gradients, over a training run.
 
     ::
@@ -49,13 +49,21 @@ class CurvatureMonitor:
     ``curv/hessian/frobenius_norm``               Frobenius norm, with standard error
     ``curv/anisotropy/<measure>``                 every measure of :func:`curvdiag.spectrum.anisotropy` that has a value
     ``curv/layer/<name>/lambda_max``, ``trace``   the same for the diagonal block of one layer
+    ``curv/layer/<name>/anisotropy/<measure>``    the same measures for the block, but for ``top_ratio``
+    ``curv/preconditioned/lambda_max``            largest eigenvalue of ``D^(-1/2) H D^(-1/2)``, with ``..._residual``;
+                                                  ``D`` is what the attached optimizer divides its step by
     ``noise/scale``                               ``B_simple = tr C / |g|^2`` of the population, in samples; NaN where
                                                   the probe set is too small to tell ``|g|^2`` from its noise
     ``noise/scale_curvature``                     ``B_noise = tr(HC) / (g^T H g)`` of the probe set; NaN where the
                                                   curvature along the gradient is not positive
+    ``noise/gradient_square``                     ``|g|^2`` of the population, without bias; may be negative
+    ``noise/gradient_square_probe``,              ``|g|^2``, ``g^T H g`` and ``tr(HC)`` of the probe set, with ``C``
+    ``gradient_curvature``, ``trace_hc``          divided by ``N``: the first two hold ``tr(C) / N`` and ``tr(HC) / N``
+                                                  of noise of the mean gradient
     ``noise/trace``                               ``tr C`` of the population, of single samples
     ``noise/cwgd``                                ``2 tr((|H| + delta)^-1 C)`` of the probe set, ``delta`` 1e-3 of the
                                                   largest Ritz value
+    ``noise/cwgd_diagonal``                       as published: ``2 sum_k C_kk / |H_kk|``, the diagonal by few probes
     ``align/cosine``, ``commutator``,             of C with H, see :func:`curvdiag.scaling.alignment.alignment`; and
     ``cosine_baseline``, ``commutator_baseline``  with random eigenvectors of the same spectra
     ``curv/cost/seconds``, ``gradients``,         what the measurement took: time, the same in gradients of the
@@ -76,7 +84,8 @@ class CurvatureMonitor:
         preset: ``"light"`` (top eigenvalue, trace), ``"standard"`` (density and anisotropy as well) or ``"full"``
             (each layer, and gradient noise where single samples have losses of their own, as well).
         measure: Single quantities instead of a preset, any of ``"lambda_max"``, ``"trace"``, ``"density"``,
-            ``"anisotropy"``, ``"layers"``, ``"noise_scale"``, ``"noise_trace"``, ``"cwgd"``, ``"alignment"``.
+            ``"anisotropy"``, ``"layers"``, ``"noise_scale"``, ``"noise_trace"``, ``"cwgd"``, ``"alignment"``; and of
+            those that no preset holds, ``"layer_anisotropy"``, ``"preconditioned_lambda_max"``, ``"cwgd_diagonal"``.
         steps, probes, tol, seed: Of the measurement; see :class:`~curvdiag.monitor.settings.Settings`.
         steps_per_epoch: To record epochs without calls of :meth:`epoch`.
         strict: Raise what goes wrong instead of recording it.
@@ -89,6 +98,7 @@ class CurvatureMonitor:
     Attributes:
         steps_done: Optimizer steps counted so far.
         history: All measurements of this process, oldest first.
+        recorded: What :meth:`record` was given in this process, as (step, numbers), oldest first.
     """
 
     def __init__(
@@ -114,73 +124,32 @@ class CurvatureMonitor:
             raise ArgumentError("give every= or cadence=, not both")
         if cadence is not None and not callable(cadence):
             raise ArgumentError(f"cadence= is a function of the step, not {cadence!r}; every={cadence!r} for a number")
+        default = OverheadBudget(0.1) if every is None else Every(every)
+        super().__init__(default if cadence is None else cadence, steps_per_epoch)
         self.objective = objective
         self.settings = Settings(preset, steps, probes, tol, seed, dict(hessian or {}), measure)
         obstacle = self.settings.obstacle(objective)
         if obstacle is not None and measure is not None:
             raise obstacle
-        default = OverheadBudget(0.1) if every is None else Every(every)
-        self.cadence: Cadence = default if cadence is None else cadence
-        self.steps_per_epoch = steps_per_epoch
         self.strict = strict
-        self.steps_done = 0
         self.history: list[Measurement] = []
-        self.clock = Clock()
+        self.recorded: list[tuple[int, dict[str, float]]] = []
+        self._price = Price(objective, self.clock)
         self._config = dict(config or {})
         self._warned: set[str] = set()
         self._recorder = Recorder(store, name, self._description, strict=strict, warn=self._warn)
-        self._optimizer: Optimizer | None = None
-        self._hook: Any = None
-        self._epoch: float | None = None
-        self._loss: float | Tensor | None = None
-        self._loss_step = 0
-        self._gradient_seconds = 0.0
-        self._trained, self._measured_at = 0.0, 0
+        self._closed = False
 
-    # Following the training
+    def attach(self, optimizer: Optimizer) -> Self:
+        """Count the steps of ``optimizer``, and measure after those that the cadence chooses.
 
-    def attach(self, optimizer: Optimizer) -> CurvatureMonitor:
-        """Count the steps of ``optimizer``, and measure after those that the cadence chooses."""
-        if self._optimizer is not None:
-            raise ArgumentError("this monitor is attached already; detach() it first, or make another")
-        self._optimizer = optimizer
-        follow = self._after_step
-        if "torch._dynamo" in sys.modules:  # a compiled optimizer step must not compile the measurement into itself
-            follow = torch.compiler.disable(follow)
-        self._hook = optimizer.register_step_post_hook(follow)
-        self.clock.start()
-        return self
-
-    def detach(self) -> None:
-        """Stop following the optimizer; what was measured stays."""
-        if self._hook is not None:
-            self._hook.remove()
-        self._optimizer = self._hook = None
-
-    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
-        if not was_skipped(optimizer):
-            self.step()
-
-    def step(self, loss: float | Tensor | None = None) -> Measurement | None:
-        """Count one optimizer step, and measure if the cadence says so; for loops without :meth:`attach`."""
-        self.clock.start()
-        self.steps_done += 1
-        if loss is not None:
-            self.observe_loss(loss)
-        observe = getattr(self.cadence, "observe", None)
-        if observe is not None:
-            observe(elapsed=self.clock.elapsed, measuring=self.clock.measuring, last=self.clock.last)
-        return self.measure() if self.cadence(self.steps_done) else None
-
-    def epoch(self, number: float) -> None:
-        """Say which epoch the training is in; recorded with the measurements that follow."""
-        self._epoch = float(number)
-
-    def observe_loss(self, loss: float | Tensor) -> None:
-        """Say what the training loss is. A tensor is read only when a measurement is recorded."""
-        # A copy, because loops reuse and rescale the tensor that they log.
-        self._loss = loss.detach().clone() if isinstance(loss, Tensor) else float(loss)
-        self._loss_step = self.steps_done
+        Raises:
+            ArgumentError: The monitor is attached already; or ``measure`` holds ``"preconditioned_lambda_max"``, and it
+                is not known by what this optimizer divides its steps.
+        """
+        if "preconditioned_lambda_max" in self.settings.quantities:
+            require_scaling(optimizer)
+        return super().attach(optimizer)
 
     # Measuring
 
@@ -201,69 +170,70 @@ class CurvatureMonitor:
                 self._failed("measurement", error)
         if measurement is not None:
             self.history.append(measurement)
-            self._warn_of_share()
+            self._warn_of_price()
         return measurement
 
     def _measure(self) -> Measurement:
-        started = time.perf_counter()
-        if not self._gradient_seconds:
-            self._gradient_seconds = self._time_gradient()
+        started, gradient = time.perf_counter(), self._price.gradient_seconds
         with torch.inference_mode(False):
-            found = measure(self.objective, self.settings, strict=self.strict)
+            found = measure(self.objective, self.settings, strict=self.strict, optimizer=self._optimizer)
         synchronize(self.objective.device)
         seconds = time.perf_counter() - started
         scalars, notes = found.scalars, found.notes
         scalars["curv/cost/seconds"] = seconds
-        scalars["curv/cost/gradients"] = seconds / self._gradient_seconds
+        scalars["curv/cost/gradients"] = seconds / gradient
         scalars["curv/cost/matvecs"] = float(found.matvecs)
         scalars["curv/overhead"] = (self.clock.measuring + seconds) / max(self.clock.elapsed, seconds)
         if self._optimizer is not None:
             scalars.update(optimizer_scalars(self._optimizer))
-        loss = as_number(self._loss)
-        if loss is not None and self.steps_done - self._loss_step <= 1:  # an older one is not this step's
+        if (loss := self._present_loss()) is not None:
             scalars["train/loss"] = loss
         if not self.history:
             notes += self.objective.notes
             if (obstacle := self.settings.obstacle(self.objective)) is not None:
                 notes.append(f"left out: {obstacle}")
-            notes.append(
-                f"a measurement takes {seconds:.3g} s, as much as {seconds / self._gradient_seconds:.0f} gradients"
-            )
+            notes.append(f"a measurement takes {seconds:.3g} s, as much as {seconds / gradient:.0f} gradients")
             log.info("the first %s", notes[-1].removeprefix("a "))
-        epoch = self._current_epoch()
+        epoch = self._present_epoch()
         measurement = Measurement(self.steps_done, epoch, scalars, found.densities, seconds, tuple(notes))
         self._recorder.measurement(measurement)
         for name, error in found.failures.items():
             self._failed(f"measurement of {name}", error)
         return measurement
 
-    def _time_gradient(self) -> float:
-        times = []
-        for _ in range(2):  # the first one warms up
-            started = time.perf_counter()
-            self.objective.gradient()
-            synchronize(self.objective.device)
-            times.append(time.perf_counter() - started)
-        return min(times)
-
-    def _current_epoch(self) -> float | None:
-        return self.steps_done / self.steps_per_epoch if self.steps_per_epoch else self._epoch
-
-    def _warn_of_share(self) -> None:
-        trained = self.clock.elapsed - self.clock.measuring
-        between, self._trained = trained - self._trained, trained
-        steps, self._measured_at = self.steps_done - self._measured_at, self.steps_done
-        share = self.clock.last / (self.clock.last + between)
+    def _warn_of_price(self) -> None:
+        complaint = self._price.complaint(self.steps_done, first=len(self.history) == 1)
         spaced = isinstance(self.cadence, OverheadBudget | LogSpaced)  # their share falls as the run goes on
-        if share > 0.5 and steps and not spaced and (steps >= 5 or len(self.history) > 1):
-            self._warn(
-                "share",
-                f"measuring every {steps} steps takes {share:.0%} of the run: {self.clock.last:.3g} s for each "
-                f"measurement, {between:.3g} s for the training between two. Measure less often, take "
-                "preset='light' or fewer probes, or cadence=OverheadBudget(0.1)",
-            )
+        if complaint is not None and not spaced:
+            self._warn("share", complaint)
 
     # Recording
+
+    def record(self, scalars: Mapping[str, float]) -> None:
+        """Write numbers of your own, those of a schedule, say, into the run at the present step; and keep them.
+
+        They stand beside what was measured at that step. Of two numbers under one key the later one counts. What is not
+        a number is refused: left out with one warning, unless ``strict``. One call is one transaction of the run file.
+
+        Args:
+            scalars: Numbers by key: of Python or NumPy, tensors of one element. NaN and infinity are kept.
+
+        Raises:
+            ArgumentError: With ``strict=True``, something is not a number, or a key no string. Nothing was recorded.
+            StoreError: With ``strict=True``, the file cannot be written.
+        """
+        numbers, refused = numbers_in(scalars)
+        if refused:
+            message = f"record() takes numbers by name, and refuses {', '.join(refused)}"
+            if self.strict:
+                raise ArgumentError(message)
+            self._warn("numbers", message)
+        if not numbers:
+            return
+        if not self.recorded or self.recorded[-1][0] != self.steps_done:
+            self.recorded.append((self.steps_done, {}))
+        self.recorded[-1][1].update(numbers)
+        self._recorder.numbers(self.steps_done, numbers, self._present_epoch())
 
     @property
     def latest(self) -> Measurement | None:
@@ -277,8 +247,13 @@ class CurvatureMonitor:
 
     @property
     def run(self) -> Run | None:
-        """The run in the store, begun with the first measurement."""
+        """The run in the store, begun with the first measurement or record."""
         return self._recorder.run
+
+    @property
+    def closed(self) -> bool:
+        """Whether :meth:`close` was called: the monitor then follows nothing, and writes to no file of its own."""
+        return self._closed
 
     def _description(self) -> dict[str, Any]:
         settings = self.settings
@@ -300,7 +275,7 @@ class CurvatureMonitor:
     def _failed(self, what: str, error: Exception) -> None:
         message = f"{type(error).__name__}: {error}"
         self._warn(what, f"the {what} at step {self.steps_done} failed and training goes on. {message}")
-        self._recorder.event(self.steps_done, "error", message, self._current_epoch())
+        self._recorder.event(self.steps_done, "error", message, self._present_epoch())
 
     def _warn(self, kind: str, message: str) -> None:
         if kind not in self._warned:
@@ -309,6 +284,7 @@ class CurvatureMonitor:
 
     def close(self) -> None:
         """Detach, and close the run file if the monitor opened it."""
+        self._closed = True
         self.detach()
         self._recorder.close()
 

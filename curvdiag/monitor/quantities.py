@@ -6,15 +6,21 @@ import math
 from collections.abc import Callable
 from functools import cached_property
 
+import torch
+from torch.optim import Optimizer
+
+from curvdiag.errors import ArgumentError
 from curvdiag.estimate import Estimate
+from curvdiag.monitor.scaling import optimizer_scaling
 from curvdiag.monitor.settings import Settings
-from curvdiag.noise.cwgd import cwgd
+from curvdiag.noise.cwgd import DiagonalCWGD, cwgd
+from curvdiag.noise.moments import GradientMoments, gradient_moments
 from curvdiag.noise.noise_scale import NoiseScale, noise_scale
 from curvdiag.objective import Objective
-from curvdiag.operators import Hessian, NoiseCovariance
+from curvdiag.operators import Hessian, NoiseCovariance, Scaled
 from curvdiag.scaling.alignment import alignment
 from curvdiag.spectrum import (
-    MEASURES,
+    Anisotropy,
     Eigenpairs,
     SpectralDensity,
     anisotropy,
@@ -37,6 +43,9 @@ CWGD_STARTS = 4
 ALIGNMENT_PROBES = 6
 """Four products each, two of them with C."""
 
+LOST = 0.1
+"""Share of the diagonal CWGD that may come from entries lost in the noise of the probes before a note says so."""
+
 
 class Workbench:
     """One measurement under way: what its quantities share, and what they have found.
@@ -47,12 +56,20 @@ class Workbench:
         notes: What a reader should know.
     """
 
-    def __init__(self, objective: Objective, settings: Settings, quantities: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        objective: Objective,
+        settings: Settings,
+        quantities: tuple[str, ...],
+        optimizer: Optimizer | None = None,
+    ) -> None:
         self.objective, self.settings, self.quantities = objective, settings, quantities
+        self.optimizer = optimizer
         self.scalars: Scalars = {}
         self.densities: dict[tuple[str, str], SpectralDensity] = {}
         self.notes: list[str] = []
         self._blocks: list[Hessian] = []
+        self._layers: dict[str, tuple[Eigenpairs, SpectralDensity]] = {}
 
     @cached_property
     def hessian(self) -> Hessian:
@@ -68,6 +85,18 @@ class Workbench:
         inside = frozenset(names)
         self._blocks.append(self.hessian.block(lambda name, _: name in inside))
         return self._blocks[-1]
+
+    def layer(self, layer: str) -> tuple[Eigenpairs, SpectralDensity]:
+        """The top eigenpair and the density of one layer's block."""
+        if layer not in self._layers:
+            settings, block = self.settings, self.block(self.objective.parameters.layers()[layer])
+            steps = min(LAYER_STEPS, settings.steps)
+            top = top_eigenpairs(block, 1, tol=settings.tol, seed=settings.seed)
+            if not bool(top.converged[0]):
+                self.notes.append(f"lambda_max of {layer} has not converged after {top.matvecs} products")
+            density = spectral_density(block, steps=steps, probes=settings.probes, seed=settings.seed)
+            self._layers[layer] = top, density
+        return self._layers[layer]
 
     @property
     def matvecs(self) -> int:
@@ -94,6 +123,11 @@ class Workbench:
         return density
 
     @cached_property
+    def moments(self) -> GradientMoments:
+        """Means and variances of the gradients of single samples."""
+        return gradient_moments(self.objective, dtype=self.settings.hessian.get("dtype"))
+
+    @cached_property
     def noise(self) -> NoiseScale:
         """With its curvature where that is asked for; the norms of single gradients need a pass of their own."""
         settings = self.settings
@@ -103,6 +137,7 @@ class Workbench:
             starts=STARTS,
             seed=settings.seed,
             hessian=self.hessian if "noise_scale" in self.quantities else None,
+            moments=self.moments if "cwgd_diagonal" in self.quantities else None,
             dtype=settings.hessian.get("dtype"),
             micro_batch=settings.hessian.get("micro_batch"),
         )
@@ -132,31 +167,60 @@ def _density(work: Workbench) -> None:
 
 
 def _anisotropy(work: Workbench) -> None:
-    measures = anisotropy(work.density, work.top)
-    for name in MEASURES:
-        value: Estimate = getattr(measures, name)
+    _record_measures(work, "curv/anisotropy", anisotropy(work.density, work.top))
+
+
+def _record_measures(work: Workbench, room: str, found: Anisotropy) -> None:
+    """Those that have a value."""
+    for name, value in found.measures.items():
         if not math.isnan(value.value):
-            work.scalars[f"curv/anisotropy/{name}"] = value
+            work.scalars[f"{room}/{name}"] = value
 
 
 def _layers(work: Workbench) -> None:
-    settings = work.settings
-    steps = min(LAYER_STEPS, settings.steps)
-    for layer, names in work.objective.parameters.layers().items():
-        block = work.block(names)
-        top = top_eigenpairs(block, 1, tol=settings.tol, seed=settings.seed)
-        density = spectral_density(block, steps=steps, probes=settings.probes, seed=settings.seed)
+    for layer in work.objective.parameters.layers():
+        top, density = work.layer(layer)
         work.scalars[f"curv/layer/{layer}/lambda_max"] = float(top.values[0])
         work.scalars[f"curv/layer/{layer}/trace"] = density.trace()
         work.densities["hessian", layer] = density
-        if not bool(top.converged[0]):
-            work.notes.append(f"lambda_max of {layer} has not converged after {top.matvecs} products")
+
+
+def _layer_anisotropy(work: Workbench) -> None:
+    """One eigenpair sharpens ``lambda_max``; ``top_ratio``, which takes five, is left out."""
+    for layer in work.objective.parameters.layers():
+        top, density = work.layer(layer)
+        _record_measures(work, f"curv/layer/{layer}/anisotropy", anisotropy(density, top))
+
+
+def _preconditioned_lambda_max(work: Workbench) -> None:
+    if work.optimizer is None:
+        raise ArgumentError(
+            "preconditioned_lambda_max is that of an optimizer's steps, and the monitor follows none: attach(optimizer)"
+        )
+    settings, scaling = work.settings, optimizer_scaling(work.objective, work.optimizer)
+    work.notes += [f"preconditioned_lambda_max: {note}" for note in scaling.notes]
+    root = scaling.inverse_root(torch.promote_types(work.hessian.dtype, torch.float32))
+    if not bool(root.any()):
+        return  # a note says why
+    top = top_eigenpairs(Scaled(work.hessian, root), 1, tol=settings.tol, seed=settings.seed)
+    if not bool(top.converged[0]):
+        work.notes.append(
+            f"preconditioned_lambda_max has not converged: residual {float(top.residuals[0]):.3g} after "
+            f"{top.matvecs} products"
+        )
+    work.scalars["curv/preconditioned/lambda_max"] = float(top.values[0])
+    work.scalars["curv/preconditioned/lambda_max_residual"] = float(top.residuals[0])
 
 
 def _noise_scale(work: Workbench) -> None:
-    work.scalars["noise/scale"] = work.noise.b_simple
-    if work.noise.b_noise is not None:
-        work.scalars["noise/scale_curvature"] = work.noise.b_noise
+    noise, found = work.noise, work.scalars
+    found["noise/scale"] = noise.b_simple
+    found["noise/gradient_square"] = noise.gradient_square
+    found["noise/gradient_square_probe"] = noise.probe_square
+    if noise.b_noise is not None and noise.trace_hc is not None and noise.gradient_curvature is not None:
+        found["noise/scale_curvature"] = noise.b_noise
+        found["noise/gradient_curvature"] = noise.gradient_curvature
+        found["noise/trace_hc"] = noise.trace_hc
 
 
 def _noise_trace(work: Workbench) -> None:
@@ -168,6 +232,26 @@ def _cwgd(work: Workbench) -> None:
     found = cwgd(work.objective, starts=CWGD_STARTS, steps=steps, max_steps=steps, seed=seed, hessian=work.hessian)
     work.scalars["noise/cwgd"] = found.value
     work.notes += [f"CWGD: {note}" for note in found.notes]
+
+
+def _cwgd_diagonal(work: Workbench) -> None:
+    settings = work.settings
+    found = cwgd(
+        work.objective,
+        "diagonal",
+        probes=settings.probes,
+        seed=settings.seed,
+        hessian=work.hessian,
+        moments=work.moments,
+    )
+    work.scalars["noise/cwgd_diagonal"] = found.value
+    work.notes += [f"diagonal CWGD: {note}" for note in found.notes]
+    assert isinstance(found, DiagonalCWGD)
+    if found.lost_share > LOST:
+        work.notes.append(
+            f"diagonal CWGD: {found.lost_share:.0%} of it comes from entries of the diagonal that the noise of "
+            f"{found.probes} probes hides; take more"
+        )
 
 
 def _alignment(work: Workbench) -> None:
@@ -184,8 +268,11 @@ QUANTITIES: dict[str, Callable[[Workbench], None]] = {
     "density": _density,
     "anisotropy": _anisotropy,
     "layers": _layers,
+    "layer_anisotropy": _layer_anisotropy,
+    "preconditioned_lambda_max": _preconditioned_lambda_max,
     "noise_scale": _noise_scale,
     "noise_trace": _noise_trace,
     "cwgd": _cwgd,
+    "cwgd_diagonal": _cwgd_diagonal,
     "alignment": _alignment,
 }

@@ -41,6 +41,7 @@ class Recorder:
         self._owns_store = not isinstance(store, RunStore)
         self._run: Run | None = None
         self._unwritten: list[dict[str, Any]] = []
+        self._beside: tuple[int, dict[str, float]] = (-1, {})  # the latest step with numbers of the user's own
         self.store = store if isinstance(store, RunStore) or store is None else self._open(store)
 
     def _open(self, path: str | os.PathLike[str]) -> RunStore | None:
@@ -65,15 +66,26 @@ class Recorder:
         return self._run
 
     def measurement(self, measurement: Measurement) -> None:
-        """Record a measurement, after those that could not be recorded before."""
+        """Record a measurement, after those that could not be recorded before.
+
+        It replaces an earlier one at its step, but for the numbers that stand beside it.
+        """
         self._write(
             step=measurement.step,
-            scalars=measurement.scalars,
+            scalars={**self._numbers_at(measurement.step), **measurement.scalars},
             densities=measurement.densities,
             events=[("note", note) for note in measurement.notes],
             epoch=measurement.epoch,
             seconds=measurement.seconds,
         )
+
+    def numbers(self, step: int, numbers: Mapping[str, float], epoch: float | None) -> None:
+        """Record numbers beside what the run holds at their step."""
+        self._beside = step, {**self._numbers_at(step), **numbers}
+        self._write(step=step, scalars=dict(numbers), epoch=epoch, keep=True)
+
+    def _numbers_at(self, step: int) -> dict[str, float]:
+        return self._beside[1] if self._beside[0] == step else {}
 
     def event(self, step: int, kind: str, message: str, epoch: float | None) -> None:
         """Record that something happened."""
@@ -112,7 +124,13 @@ class Recorder:
 
     def state_dict(self) -> dict[str, Any]:
         run = self._run
-        return {"run": None if run is None else run.id, "run_name": None if run is None else run.name}
+        step, numbers = self._beside
+        beside = {"step": step, "scalars": dict(numbers)}
+        return {
+            "run": None if run is None else run.id,
+            "run_name": None if run is None else run.name,
+            "recorded": beside,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any], step: int) -> None:
         """Continue the same run from ``step``; where the store does not hold it, a new one is begun, with a warning."""
@@ -122,6 +140,8 @@ class Recorder:
             known = {info.id: info.name for info in self.store.runs()}
             if known.get(state["run"]) == state["run_name"]:
                 self._run = self.store.resume(state["run"], step=step)
+                recorded = state.get("recorded", {"step": -1, "scalars": {}})
+                self._beside = recorded["step"], dict(recorded["scalars"])
                 return
         except StoreError as error:
             if self.strict:

@@ -12,9 +12,17 @@ from curvdiag.objective import Objective
 
 Preset = Literal["light", "standard", "full"]
 
-CURVATURE = ("lambda_max", "trace", "density", "anisotropy", "layers")
-NOISE = ("noise_scale", "noise_trace", "cwgd", "alignment")
-PRESETS = {"light": CURVATURE[:2], "standard": CURVATURE[:4], "full": CURVATURE + NOISE}
+CURVATURE = (
+    *("lambda_max", "trace", "density", "anisotropy", "layers"),
+    *("layer_anisotropy", "preconditioned_lambda_max"),
+)
+NOISE = ("noise_scale", "noise_trace", "cwgd", "cwgd_diagonal", "alignment")
+ONLY_BY_NAME = ("layer_anisotropy", "preconditioned_lambda_max", "cwgd_diagonal")
+PRESETS = {
+    "light": CURVATURE[:2],
+    "standard": CURVATURE[:4],
+    "full": tuple(name for name in CURVATURE + NOISE if name not in ONLY_BY_NAME),
+}
 
 
 @dataclass(frozen=True)
@@ -25,11 +33,12 @@ class Settings:
         preset: A set of quantities, ``"standard"`` if neither it nor ``measure`` is given. ``"light"``: top eigenvalue
             and trace. ``"standard"``: density and anisotropy as well. ``"full"``: each layer and gradient noise as
             well. None where ``measure`` is given.
-        steps, probes: Of the density; CWGD takes as many steps.
-        tol: Relative residual at which the top eigenvalue is taken.
+        steps, probes: Of the density; CWGD takes as many steps, and its diagonal form as many probes. Published for
+            that are about 20: with few, what the noise of the probes made up is in the notes.
+        tol: Relative residual at which the top eigenvalue is taken, the preconditioned one and those of layers as well.
         seed: Of the probes, the same at each measurement, so that curves show the model's change and not the probes'.
         hessian: Further arguments of :class:`~curvdiag.operators.Hessian`.
-        measure: Single quantities instead of a preset.
+        measure: Single quantities instead of a preset; those of :data:`ONLY_BY_NAME` are in none.
         quantities: What is measured, in order.
     """
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from numbers import Real
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+from curvdiag.estimate import Estimate
 
 
 def was_skipped(optimizer: Optimizer) -> bool:
@@ -45,7 +51,37 @@ def as_number(value: Any) -> float | None:
     return None
 
 
+def numbers_in(given: Any) -> tuple[dict[str, float], list[str]]:
+    """The numbers of a mapping by name, as floats; and in words what of it is none."""
+    if not isinstance(given, Mapping):
+        return {}, [f"a {type(given).__name__} instead of a dict"]
+    numbers: dict[str, float] = {}
+    refused = []
+    for name, value in given.items():
+        if not isinstance(name, str) or not name:
+            refused.append(f"the name {name!r}")
+            continue
+        try:
+            number = isinstance(value, Real | Estimate) or (isinstance(value, Tensor | np.ndarray) and _single(value))
+            if not number:
+                raise TypeError
+            numbers[name] = float(value.detach() if isinstance(value, Tensor) else value)
+        except (TypeError, ValueError, ArithmeticError, RuntimeError):
+            refused.append(f"{name!r}: {_shortly(value)}")
+    return numbers, refused
+
+
 def synchronize(device: torch.device) -> None:
     """Wait for the device, so that a clock on the host measures its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def _single(array: Tensor | np.ndarray) -> bool:
+    return math.prod(array.shape) == 1 and "complex" not in str(array.dtype)
+
+
+def _shortly(value: Any) -> str:
+    if isinstance(value, Tensor | np.ndarray):
+        return f"{type(value).__name__} of {math.prod(value.shape)} entries, {value.dtype}"
+    return text if len(text := repr(value)) <= 40 else f"{text[:37]}..."

@@ -5,6 +5,7 @@ from curvdiag.operators.fisher import Fisher
 from curvdiag.operators.gauss_newton import GaussNewton
 from curvdiag.operators.hessian import Hessian
 from curvdiag.operators.noise import EmpiricalFisher, NoiseCovariance
+from curvdiag.operators.scaled import Scaled
 
 __all__ = [
     "Cost",
@@ -14,6 +15,7 @@ __all__ = [
     "Hessian",
     "LinearMap",
     "NoiseCovariance",
+    "Scaled",
     "SymmetricOperator",
     "linear_map",
 ]

@@ -49,18 +49,22 @@ def blob(array: Any) -> bytes:
     return np.ascontiguousarray(array, dtype="<f8").tobytes()
 
 
-def insert_measurement(connection: sqlite3.Connection, head: Row, scalars: list[Row], densities: list[Row]) -> None:
-    """``head`` is ``(run, step, epoch, wall_time, seconds)``; an earlier measurement there goes."""
-    connection.execute("DELETE FROM measurements WHERE run = ? AND step = ?", head[:2])
-    row = connection.execute(
-        "INSERT INTO measurements (run, step, epoch, wall_time, seconds) VALUES (?, ?, ?, ?, ?)", head
-    ).lastrowid
+def insert_measurement(
+    connection: sqlite3.Connection, head: Row, scalars: list[Row], densities: list[Row], *, keep: bool = False
+) -> None:
+    """``head`` is ``(run, step, epoch, wall_time, seconds)``; what was there before goes, unless ``keep``."""
+    if not keep:
+        connection.execute("DELETE FROM measurements WHERE run = ? AND step = ?", head[:2])
+    connection.execute(
+        "INSERT OR IGNORE INTO measurements (run, step, epoch, wall_time, seconds) VALUES (?, ?, ?, ?, ?)", head
+    )
+    (row,) = connection.execute("SELECT id FROM measurements WHERE run = ? AND step = ?", head[:2]).fetchone()
     connection.executemany(
-        "INSERT INTO scalars (measurement, name, value, standard_error, samples) VALUES (?, ?, ?, ?, ?)",
+        "INSERT OR REPLACE INTO scalars (measurement, name, value, standard_error, samples) VALUES (?, ?, ?, ?, ?)",
         [(row, *scalar) for scalar in scalars],
     )
     connection.executemany(
-        "INSERT INTO densities (measurement, operator, block, probes, points, nodes, weights, deflated, "
+        "INSERT OR REPLACE INTO densities (measurement, operator, block, probes, points, nodes, weights, deflated, "
         "size, steps, matvecs, note) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         [(row, *density) for density in densities],
     )

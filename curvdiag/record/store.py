@@ -215,6 +215,7 @@ class Run:
         epoch: float | None = None,
         wall_time: float | None = None,
         seconds: float | None = None,
+        keep: bool = False,
     ) -> None:
         """Record one measurement, all of it or nothing.
 
@@ -229,6 +230,8 @@ class Run:
             epoch: Epoch, whole or fractional.
             wall_time: Unix time of the measurement in seconds; now, if not given.
             seconds: What the measurement took.
+            keep: Add to what the run holds at the step, instead of replacing it; where a name is there already, its
+                value is replaced.
 
         Raises:
             ArgumentError: A step, name or value cannot be recorded; nothing was.
@@ -248,7 +251,7 @@ class Run:
                 message = f"continued from step {resumed_at}; removed {left} measurements beyond it"
                 rows.insert_events(connection, [(self.id, resumed_at, "resumed", message, now)])
             if scalar_rows or density_rows:
-                rows.insert_measurement(connection, head, scalar_rows, density_rows)
+                rows.insert_measurement(connection, head, scalar_rows, density_rows, keep=keep)
             rows.insert_events(connection, event_rows)
         self._continued_from = None
 
