@@ -17,6 +17,7 @@ import torch
 from measure import Pauses, Timing, relative
 from nets import NETS, Batches, gradient, product_by_differences
 from noise import covariance_products, moments_rows
+from optimizers import optimizer_rows
 from peers import Peer, peers
 from report import Row, row_of
 from rich.console import Console
@@ -24,7 +25,7 @@ from torch import nn
 
 from curvdiag import Hessian, Objective, spectral_density
 
-PARTS = ("products", "noise", "slq", "monitor")
+PARTS = ("products", "noise", "slq", "monitor", "optimizers")
 HERE = Path(__file__).parent
 KEPT = {"MLP": 2.3, "ResNet": 2.7, "GPT": 2.3}
 REBUILT, EXTRA, MARGIN, MEASUREMENTS = 4.0, 0.4, 0.02, 10
@@ -195,6 +196,7 @@ def main() -> int:
     noise: list[Row] = []
     densities: list[Row] = []
     shares: list[Row] = []
+    steps_taken: list[Row] = []
     steps = 16 if options.quick else STEPS
     if {"products", "noise", "slq"} & set(options.only):
         for name, make in NETS.items():
@@ -216,7 +218,10 @@ def main() -> int:
             length = options.seconds * (0.1 / fraction)
             shares += monitor_rows(fraction, seconds=length, pairs=options.pairs, tell=tell)
 
-    rows = products + noise + densities + shares
+    if "optimizers" in options.only:
+        tell("steps of the optimizers")
+        steps_taken = optimizer_rows(options.rounds)
+    rows = products + noise + densities + shares + steps_taken
     tell("done")
     console.print()
     report.show(rows, console)

@@ -1,0 +1,212 @@
+"""What the optimizers share: ``theta <- (1 - lr weight_decay) theta - lr u``, for any direction ``u``."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any, ClassVar, overload
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
+
+from curvdiag.errors import ArgumentError
+from curvdiag.optim.buckets import Row, Workspace, buckets, by_way, pieces
+from curvdiag.optim.direction import Direction, exponent, widened, working_dtype
+
+
+@dataclass(frozen=True)
+class _Work:
+    """One parameter group at one step: what has a gradient, and where it goes."""
+
+    group: dict[str, Any]
+    rows: list[Row]
+    direction: Direction
+
+
+class DirectionOptimizer(Optimizer):
+    """Base of the optimizers: a subclass says which direction a group's gradients give.
+
+    Everything is checked, for all groups, before the first weight changes. Weight decay is decoupled, and computed as
+    ``theta - lr (u + weight_decay theta)``, so that half-precision weights are rounded once. With ``foreach``
+    the tensors are worked through in parts that stay in cache, whose temporaries are small; without, one by one.
+    ``foreach=None`` means on for plain tensors, on every device, and off for subclasses of tensors and with
+    ``differentiable=True``. A step does not wait for the device, unless a learning rate that is a tensor lies on
+    another one than the parameters.
+    """
+
+    moment: ClassVar[str] = ""
+    """Key of the one tensor that the state holds for each parameter, in its dtype, where there is one."""
+    differentiates: ClassVar[bool] = False
+
+    def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
+        self.defaults = defaults
+        self._check(defaults, "")
+        super().__init__(params, defaults)
+
+    @abstractmethod
+    def _direction(self, group: dict[str, Any], gradients: list[Tensor]) -> Direction:
+        """The direction of this step, from the group's options and all of its gradients."""
+
+    def _advance(self, group: dict[str, Any]) -> None:
+        """Called after a group's step."""
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One step.
+
+        Args:
+            closure: Evaluates the model again, with gradients, and returns the loss.
+
+        Returns:
+            What the closure returned.
+
+        Raises:
+            ArgumentError: A sparse gradient, or a ``p`` that has become less than 2. Nothing has changed then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.set_grad_enabled(self.defaults["differentiable"]):
+            for work in [self._work(number, group) for number, group in enumerate(self.param_groups)]:
+                if not _takes_parts(work.group["foreach"], self.defaults["differentiable"], work.rows):
+                    self._step_one_by_one(work, work.rows)
+                else:
+                    here, elsewhere = by_way(work.rows)
+                    self._step_one_by_one(work, pieces(here), Workspace())
+                    self._step_in_lists(work, elsewhere)
+                self._advance(work.group)
+        return loss
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters with options of its own, as in torch.
+
+        Raises:
+            ArgumentError: An option is out of range, or a parameter is complex. The group is not added then.
+        """
+        where = f", parameter group {len(self.param_groups)}"
+        if isinstance(param_group, dict):
+            self._check({**self.defaults, **param_group}, where)
+        super().add_param_group(param_group)
+        for number, parameter in enumerate(self.param_groups[-1]["params"]):
+            if parameter.is_complex():
+                self.param_groups.pop()
+                raise ArgumentError(
+                    f"{type(self).__name__}{where}: parameter {number} of shape {tuple(parameter.shape)} is complex; "
+                    f"make torch.view_as_real of it the parameter"
+                )
+
+    def _work(self, number: int, group: dict[str, Any]) -> _Work:
+        where = f"{type(self).__name__}, parameter group {number}"
+        rows: list[Row] = []
+        for place, parameter in enumerate(group["params"]):
+            gradient = parameter.grad
+            if gradient is None:
+                continue
+            if gradient.layout != torch.strided:
+                raise ArgumentError(
+                    f"{where}: the gradient of parameter {place} of shape {tuple(parameter.shape)} is sparse; make it "
+                    f"dense (sparse=False in an embedding), or give this parameter to another optimizer"
+                )
+            rows.append((parameter, gradient, self._moment(parameter)) if self.moment else (parameter, gradient))
+        try:
+            direction = self._direction(group, [row[1] for row in rows])
+        except ArgumentError as error:
+            raise ArgumentError(f"{where}: {error}") from None
+        return _Work(group, rows, direction)
+
+    def _moment(self, parameter: Tensor) -> Tensor:
+        state = self.state[parameter]
+        if self.moment not in state:
+            state[self.moment] = torch.zeros_like(parameter, memory_format=torch.preserve_format).detach()
+        elif self.defaults["differentiable"]:
+            state[self.moment] = state[self.moment].clone()  # The graph of the last step keeps that one.
+        return state[self.moment]
+
+    def _step_one_by_one(self, work: _Work, rows: Iterable[Row], workspace: Workspace | None = None) -> None:
+        decay, rates = work.group["weight_decay"], _Rates(work.group)
+        for row in rows:
+            parameter, gradient, moment = row[0], row[1], row[2] if self.moment else None
+            rate = rates[parameter.device]
+            out = workspace.like(gradient, working_dtype(gradient.dtype)) if workspace else None
+            found = work.direction.one(-gradient if work.group["maximize"] else gradient, moment, out)
+            if decay != 0:
+                found = torch.add(widened(found), widened(parameter), alpha=decay, out=out)
+            if isinstance(rate, Tensor):
+                parameter.sub_(found * rate)
+            else:
+                parameter.add_(found, alpha=-rate)
+
+    def _step_in_lists(self, work: _Work, rows: Iterable[Row]) -> None:
+        decay, rates = work.group["weight_decay"], _Rates(work.group)
+        for parameters, gradients, *moments in buckets(rows):
+            rate = rates[parameters[0].device]
+            found = work.direction.many(
+                list(torch._foreach_neg(gradients)) if work.group["maximize"] else gradients, *moments
+            )
+            if decay != 0:
+                weights = [widened(parameter) for parameter in parameters]
+                found = list(torch._foreach_add([widened(one) for one in found], weights, alpha=decay))
+            if isinstance(rate, Tensor):
+                torch._foreach_sub_(parameters, torch._foreach_mul(found, rate))
+            else:
+                torch._foreach_add_(parameters, found, alpha=-rate)
+
+    def _check(self, options: dict[str, Any], where: str) -> None:
+        """Raise an ArgumentError where an option is out of range."""
+        name = f"{type(self).__name__}{where}"
+        rate = options["lr"]
+        if isinstance(rate, Tensor):
+            if rate.numel() != 1:
+                raise ArgumentError(f"{name}: lr as a tensor must hold one number, not {rate.numel()}")
+            rate = rate.item()
+        for key, value in (("lr", rate), *((key, options[key]) for key in ("eps", "weight_decay") if key in options)):
+            if not isinstance(value, Real) or not 0 <= float(value) < math.inf:
+                raise ArgumentError(f"{name}: {key} must be a finite number of at least 0, not {value!r}")
+        for beta in (*options.get("betas", ()), *((options["beta"],) if "beta" in options else ())):
+            if not isinstance(beta, Real) or not 0 <= float(beta) < 1:
+                raise ArgumentError(f"{name}: beta must be a number in [0, 1), not {beta!r}")
+        if "p" in options:
+            try:
+                exponent(options["p"])
+            except ArgumentError as error:
+                raise ArgumentError(f"{name}: {error}") from None
+        if options["differentiable"]:
+            if not self.differentiates or options.get("dual_norm"):
+                what = " with the factor ||g||_q" if self.differentiates else ""
+                raise ArgumentError(f"{name}: its step{what} cannot be differentiated; leave out differentiable=True")
+            if options["foreach"]:
+                raise ArgumentError(f"{name}: foreach and differentiable exclude each other; leave one of them out")
+
+
+def _takes_parts(foreach: bool | None, differentiable: bool, rows: list[Row]) -> bool:
+    if foreach is not None:
+        return foreach
+    return not differentiable and all(type(parameter) in (Tensor, Parameter) for parameter, *_ in rows)
+
+
+class _Rates(dict[torch.device, "float | Tensor"]):
+    """The learning rate of a group on each device; a tensor where asking for its value would wait for the device."""
+
+    def __init__(self, group: dict[str, Any]) -> None:
+        super().__init__()
+        self.rate, differentiable = group["lr"], group["differentiable"]
+        if isinstance(self.rate, Tensor):
+            self.rate = self.rate.reshape(())
+            if self.rate.device.type == "cpu" and not differentiable and not torch.compiler.is_compiling():
+                self.rate = self.rate.item()
+
+    def __missing__(self, device: torch.device) -> float | Tensor:
+        self[device] = self.rate.to(device) if isinstance(self.rate, Tensor) else self.rate
+        return self[device]
