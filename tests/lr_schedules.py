@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from curvdiag import CurvatureMonitor, Objective
-from curvdiag.schedules.measured_lr import FactorLR, Following, WrappedLR
+from curvdiag.schedules.following import Following
+from curvdiag.schedules.measured_lr import FactorLR, WrappedLR
 
 
 def sgd(*rates, tensor=False, **options):

@@ -9,7 +9,7 @@ import torch
 from curvdiag.optim import LPSGD, LPSGDM
 
 LAM = torch.logspace(-1, 0, 20, dtype=torch.float64)
-SEEDS, LENGTHS = 40, (2**6, 2**8, 2**10, 2**12)
+SEEDS, LENGTHS = 80, (2**5, 2**7, 2**9, 2**11)
 
 
 def mean_squared_gradient(make, steps: int, rate: float) -> tuple[float, float]:

@@ -33,7 +33,7 @@ def warm_up(o):
 
 
 def noise_of(o, m):
-    return NoiseCurvatureLR(o, m, 8, smoothing=0.6, high=5.0)
+    return NoiseCurvatureLR(o, m, 8, smoothing=0.9, high=5.0)
 
 
 def anisotropy_of(s, m):

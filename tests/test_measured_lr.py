@@ -196,6 +196,22 @@ def test_it_goes_on_from_a_last_epoch_without_counting_its_own_work_twice():
     assert walk(optimizer, again, 3) == [0.5 * square(t) for t in (4, 5, 6)]
 
 
+@pytest.mark.parametrize("tensor", [False, True])
+def test_a_parameter_group_that_is_added_joins_with_its_own_rate(tensor):
+    optimizer = optimizer_for(tensor)
+    schedule = Told(optimizer)
+    walk(optimizer, schedule, 3)
+    rate = torch.tensor(0.25) if tensor else 0.25
+    optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))], "lr": rate})
+    for t in range(4, 7):
+        optimizer.step()
+        schedule.step()
+        assert rates_of(optimizer) == pytest.approx([0.5 * square(t), 0.125 * square(t), 0.25 * square(t)], rel=1e-6)
+    again = Told(optimizer)
+    again.load_state_dict(schedule.state_dict())
+    assert again.base_lrs == [0.5, 0.125, 0.25]
+
+
 def test_what_is_no_optimizer_is_refused_as_pytorch_does():
     with pytest.raises(TypeError, match="is not an Optimizer"):
         Told([nn.Parameter(torch.zeros(1))])

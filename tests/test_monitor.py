@@ -238,7 +238,7 @@ BASE = {"curv/hessian/lambda_max", "curv/hessian/lambda_max_residual", "curv/hes
 ALWAYS = {"curv/cost/seconds", "curv/cost/gradients", "curv/cost/matvecs", "curv/overhead"}
 STANDARD = {"curv/hessian/lambda_min", "curv/hessian/frobenius_norm"}
 NOISE = {"noise/scale", "noise/scale_curvature", "noise/trace", "noise/cwgd", "noise/gradient_square"}
-NOISE |= {"noise/gradient_square_probe", "noise/gradient_curvature", "noise/trace_hc"}
+NOISE |= {f"noise/gradient_{name}" for name in ("square_probe", "curvature", "curvature_probe")} | {"noise/trace_hc"}
 NOISE |= {f"align/{name}{end}" for name in ("cosine", "commutator") for end in ("", "_baseline")}
 OPTIMIZER = {"train/lr/0", "train/momentum/0", "train/loss"}
 

@@ -231,7 +231,7 @@ def test_a_folder_that_may_not_be_written_to(tmp_path):
 
 def test_a_disk_that_fills_up_costs_one_warning_and_what_was_recorded_is_kept(tmp_path):
     training = Training()
-    monitor = training.monitor(tmp_path / "run.db", preset="full")
+    monitor = training.monitor(tmp_path / "run.db", preset="standard")
     connection = monitor.store._database._connection
 
     def run():
@@ -258,7 +258,7 @@ def test_a_disk_that_fills_up_costs_one_warning_and_what_was_recorded_is_kept(tm
 
 def test_what_the_last_measurements_could_not_write_is_written_at_the_end(tmp_path):
     training = Training()
-    monitor = training.monitor(tmp_path / "run.db", preset="full")
+    monitor = training.monitor(tmp_path / "run.db", preset="standard")
     connection = monitor.store._database._connection
 
     def run():

@@ -87,11 +87,17 @@ def test_the_parts_of_the_best_step_are_those_of_the_gradients_one_by_one():
     trace = float((rows - mean).square().sum()) / (count - 1)
     assert found["noise/gradient_square_probe"] == pytest.approx(float(mean @ mean), rel=1e-9)
     assert found["noise/gradient_square"] == pytest.approx(float(mean @ mean) - trace / count, rel=1e-9)
-    assert found["noise/gradient_curvature"] == pytest.approx(float(mean @ matrix @ mean), rel=1e-9)
+    assert found["noise/gradient_curvature_probe"] == pytest.approx(float(mean @ matrix @ mean), rel=1e-9)
     truth = float(((rows - mean) @ matrix * (rows - mean)).sum()) / count
     along = found.scalars["noise/trace_hc"]
     assert abs(along.value - truth) < 4 * along.standard_error
-    step = found["noise/gradient_square_probe"] / (found["noise/gradient_curvature"] + along.value / 16)
+    # Without bias it is the mean over pairs of different samples.
+    pairs = (rows @ matrix @ rows.T).fill_diagonal_(0).sum() / (count * (count - 1))
+    curvature = found.scalars["noise/gradient_curvature"]
+    assert abs(curvature.value - float(pairs)) < 4 * curvature.standard_error
+    exact = float(mean @ matrix @ mean) - along.value / (count - 1)
+    assert curvature.value == pytest.approx(exact, rel=1e-9)
+    step = found["noise/gradient_square_probe"] / (found["noise/gradient_curvature_probe"] + along.value / 16)
     scale = noise_scale(target, curvature=True, starts=quantities.STARTS, seed=2)
     assert step == pytest.approx(scale.step(16).value, rel=1e-9)
 

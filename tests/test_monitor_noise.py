@@ -43,7 +43,8 @@ KEYS = {
     }
     - {f"curv/layer/{layer}/anisotropy/condition_number" for layer in "02"},  # indefinite
     "noise_scale": {f"noise/{name}" for name in ("scale", "scale_curvature", "gradient_square")}
-    | {f"noise/{name}" for name in ("gradient_square_probe", "gradient_curvature", "trace_hc")},
+    | {f"noise/gradient_{name}" for name in ("square_probe", "curvature", "curvature_probe")}
+    | {"noise/trace_hc"},
     "noise_trace": {"noise/trace"},
     "cwgd": {"noise/cwgd"},
     "cwgd_diagonal": {"noise/cwgd_diagonal"},
@@ -94,7 +95,8 @@ def test_full_is_what_the_functions_give_when_they_are_called_one_by_one():
         "noise/scale_curvature": scale.b_noise,
         "noise/gradient_square": scale.gradient_square,
         "noise/gradient_square_probe": scale.probe_square,
-        "noise/gradient_curvature": scale.gradient_curvature,
+        "noise/gradient_curvature": scale.population_curvature,
+        "noise/gradient_curvature_probe": scale.gradient_curvature,
         "noise/trace_hc": scale.trace_hc,
         "noise/trace": scale.trace,
         "noise/cwgd": weighted.value,

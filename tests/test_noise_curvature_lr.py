@@ -12,8 +12,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.optim import lr_scheduler as torch_lr
 
-from curvdiag import CurvatureMonitor, Objective, noise_scale
+from curvdiag import CurvatureMonitor, Estimate, Objective, noise_scale
 from curvdiag.errors import ArgumentError
+from curvdiag.noise import NoiseScale
 from curvdiag.schedules.noise_curvature_lr import NoiseCurvatureLR
 
 pytestmark = [pytest.mark.filterwarnings("error"), pytest.mark.filterwarnings("ignore:measuring every")]
@@ -82,15 +83,22 @@ def test_it_is_mccandlishs_rate():
         assert rates_of(optimizer) == [pytest.approx(0.7 * best, rel=1e-12)]
 
 
-def test_the_probe_sets_own_noise_counts_as_a_smaller_batch():
-    """What the docstring says of the bias, over many probe sets."""
-    problem, samples, batch = NoisyQuadratic(), 20, 8
-    means = problem.gradients(100_000, samples)  # the mean gradient of each probe set
-    curvature = float(((means @ problem.hessian) * means).sum(1).mean())
-    known = problem.known()
+def test_from_small_probe_sets_it_is_the_rate_of_the_population():
+    """On average over many, where the noise of a set's mean gradient meets as much curvature as the gradient does."""
+    problem, samples, batch = NoisyQuadratic(), 12, 8
+    problem.gradient *= 0.3
+    rows = problem.gradient + problem.normal(40_000, samples, len(problem.point)) @ problem.root.T
+    means = rows.mean(1)
+    square = float((means.square().sum(1) - rows.var(1).sum(1) / samples).mean())
+    along = float((means @ problem.hessian * means).sum(1).mean())
+    trace = float(((rows - means[:, None]) @ problem.hessian * (rows - means[:, None])).sum(2).mean())
+    unused = Estimate(math.nan, math.nan, samples)
+    parts = [Estimate(value, 0.0, samples) for value in (square, trace)]
+    found = NoiseScale(unused, unused, unused, parts[0], square, None, parts[1], along, 9, samples)
+    assert along > 1.9 * problem.known()["gradient_curvature"]
     optimizer, other = sgd(0.1), sgd(0.1)
-    NoiseCurvatureLR(optimizer, told({**known, "gradient_curvature": curvature}), batch)
-    NoiseCurvatureLR(other, told(known), 1 / (1 / batch + 1 / samples))
+    NoiseCurvatureLR(optimizer, told(found), batch)
+    NoiseCurvatureLR(other, problem.known, batch * samples / (samples - 1))  # the trace is divided by N
     assert rates_of(optimizer) == pytest.approx(rates_of(other), rel=0.01)
 
 
@@ -116,10 +124,11 @@ def test_from_a_monitor_it_is_what_single_gradients_say():
     hessian, n, g = 2 * inputs.T @ inputs / 40, 40, rows.mean(0)
     variance = rows.var(0, unbiased=True).sum()
     assert found["noise/gradient_square"] == pytest.approx(float(g @ g - variance / n), rel=1e-9)
-    assert found["noise/gradient_curvature"] == pytest.approx(float(g @ hessian @ g), rel=1e-9)
     trace = found.scalars["noise/trace_hc"]
+    curvature = g @ hessian @ g - trace.value / (n - 1)
+    assert found["noise/gradient_curvature"] == pytest.approx(float(curvature), rel=1e-9)
     assert abs(trace.value - float((hessian * torch.cov(rows.T, correction=0)).sum())) < 4 * trace.standard_error
-    expected = (g @ g - variance / n) / (g @ hessian @ g + trace.value / 8)
+    expected = (g @ g - variance / n) / (curvature + trace.value / 8)
     assert rates_of(optimizer) == [pytest.approx(float(expected), rel=1e-9)]
     before = rates_of(optimizer)
     for _ in range(2):
@@ -138,7 +147,8 @@ def test_a_function_may_give_a_noise_scale():
     found = noise_scale(training.monitor.objective, curvature=True, starts=4)
     optimizer = sgd(0.01)
     NoiseCurvatureLR(optimizer, told(found), 8)
-    bottom = found.gradient_curvature + found.trace_hc.value / 8
+    noise, others = found.trace_hc.value, found.samples - 1
+    bottom = found.gradient_curvature - noise / others + noise / 8
     assert rates_of(optimizer) == [pytest.approx(found.gradient_square.value / bottom, rel=1e-12)]
 
 
@@ -147,7 +157,8 @@ def test_a_noise_scale_without_curvature_is_logged_and_the_rate_held(caplog):
     optimizer = sgd(0.01)
     schedule = NoiseCurvatureLR(optimizer, told(noise_scale(Training().monitor.objective)), 8)
     assert rates_of(optimizer) == [0.01]
-    assert len(caplog.records) == 1
+    (record,) = caplog.records
+    assert "noise_scale(..., curvature=True)" in record.getMessage()
     assert schedule.age is None
 
 

@@ -186,6 +186,10 @@ def test_one_that_was_replaced_is_detached(caplog):
     with caplog.at_level(logging.INFO):
         CosineP(opt, 3)
     assert "CosineP chains with Steps" in caplog.text
+    opt = optimizer()
+    follow(CosineP(opt, 3), 2)
+    CosineP(opt, 3)  # as where a cell of a notebook is run again
+    assert "CosineP begins after CosineP was stepped, whose factor goes on to count" in caplog.records[-1].getMessage()
 
 
 def test_it_falls_from_a_constant_p_below_the_optimizers_own():

@@ -217,14 +217,28 @@ def test_half_precision_is_measured_in_single() -> None:
     assert seen(schedule) == pytest.approx(decreases(matrix, slope, lambda p: lp(slope, p)), rel=1e-4)
 
 
+@pytest.mark.parametrize("operator", [GaussNewton, Hessian])
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-def test_it_measures_where_gradients_are_off(context: Any) -> None:
+def test_it_measures_where_gradients_are_off(context: Any, operator: Any) -> None:
     task = Task()
-    schedule = PredictedDecreaseP(task.optimizer, task.objective)
-    task.step(0)
-    with context():
-        schedule.step()
-    assert schedule.age == 0
+    gradient, kept = task.objective.gradient(), operator(task.objective)
+    sources = (task.objective, lambda: (task.objective.gradient(), operator(task.objective)), lambda: (gradient, kept))
+    for source in sources:
+        schedule = PredictedDecreaseP(task.optimizer, source)
+        with context():
+            schedule.step()
+        assert not schedule.history[-1].note
+        assert schedule.history[-1].seen == schedule.history[0].seen
+        schedule.detach()
+
+
+def test_a_group_that_the_objective_does_not_hold_is_left_alone() -> None:
+    model = make("mlp-tanh")[0]
+    task = Task(kind=LPSGD, params=[{"params": model[0].parameters()}, {"params": model[2].parameters()}])
+    objective = Objective(model, task.criterion, task.batch, params=["0.*"])
+    schedule = PredictedDecreaseP(task.optimizer, objective, per_group=True, smoothing=0.0, grid=[2.0, 3.0])
+    assert schedule.get_last_p() == pytest.approx([schedule.history[-1].seen["winner/0"], P_MAX])
+    assert schedule.get_last_p()[0] <= 3
     assert not schedule.history[-1].note
 
 

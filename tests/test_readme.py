@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,11 +27,16 @@ def test_a_code_block_runs(block: str, tmp_path: Path, monkeypatch: pytest.Monke
     names = training_script()
     exec(block, names)
     if "monitor" in names:
-        optimizer = names["optimizer"]
+        monitor: Any = names["monitor"]
+        steps, optimizer = monitor.steps_done, names["optimizer"]
         names["criterion"](names["model"](names["probe_batch"][0]), names["probe_batch"][1]).backward()  # type: ignore
         optimizer.step()  # type: ignore[attr-defined]
-        names["monitor"].close()  # type: ignore[attr-defined]
-        assert names["monitor"].latest.step == 1  # type: ignore[attr-defined]
+        assert monitor.steps_done == steps + 1
+        assert monitor.measure() is not None
+        for schedule in (names[name] for name in ("rates", "exponents") if name in names):
+            schedule.step()  # type: ignore[attr-defined]
+            assert schedule.history[-1].seen  # type: ignore[attr-defined]
+        monitor.close()
     expected = {name for name in ("run.db", "density.png", "scaling.png") if f'"{name}"' in block}
     assert {path.name for path in tmp_path.iterdir()} == expected != set()
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from curvdiag import CurvatureMonitor, Estimate, Objective, OverheadBudget
 from curvdiag.errors import ArgumentError
-from curvdiag.schedules.source import KEPT, Choice, Followed, Source
+from curvdiag.schedules.source import Source
 
 pytestmark = pytest.mark.filterwarnings("ignore:measuring every")
 KEY = {"top": "curv/hessian/lambda_max"}
@@ -149,6 +149,20 @@ def test_each_measurement_of_a_monitor_is_read_once():
     assert read == [None, {"top": tops[0]}, None, {"top": tops[1]}, None, {"top": tops[2]}]
 
 
+def test_a_measurement_that_a_function_gives_again_is_nothing_new():
+    monitor = follower(every=3)
+    found = source(lambda: monitor.latest, pick=lambda measurement: {"top": measurement[KEY["top"]]})
+    read = []
+    for step in range(1, 8):
+        monitor.step()
+        read.append(found.read(step) is not None)
+    assert read == [step in (3, 6) for step in range(1, 8)]
+    assert found.read_at == 6
+    again = source(lambda: monitor.latest, pick=lambda measurement: {"top": measurement[KEY["top"]]})
+    again.load_state_dict(found.state_dict())
+    assert again.read(8) is None
+
+
 def test_a_number_that_the_monitor_did_not_get_is_held(caplog):
     monitor = follower()
     found = source(monitor, {"top": "curv/hessian/lambda_max", "other": "curv/anisotropy/condition_number"})
@@ -184,6 +198,20 @@ def test_one_line_says_that_a_cadence_reads_the_clock(caplog):
     (line,) = warned(caplog)
     assert "whose cadence reads the clock" in line
     assert "not bit-identical; give the monitor every=" in line
+
+
+def test_one_line_says_that_ranks_must_measure_alike(caplog, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+    source(follower())
+    assert not warned(caplog)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 4)
+    source(lambda: 1.0)
+    assert not warned(caplog), "a function may broadcast"
+    source(follower())
+    (line,) = warned(caplog)
+    assert "on each of 4 ranks by that rank's own measurement" in line
+    assert "a function that broadcasts" in line
 
 
 def test_numbers_of_a_schedule_stand_beside_the_measurements():
@@ -270,6 +298,22 @@ def test_back_at_an_earlier_checkpoint_later_measurements_are_not_seen():
     assert found.read(2) is not None
 
 
+def test_a_monitor_that_was_not_loaded_is_said_once(caplog):
+    whole = source(follower(every=1))
+    for _ in range(3):
+        whole.source.step()
+        whole.read(whole.source.steps_done)
+    resumed = source(follower(every=1))
+    resumed.load_state_dict(whole.state_dict())
+    found = []
+    for step in range(4, 9):
+        resumed.source.step()
+        found.append(resumed.read(step) is not None)
+    assert found == [False, False, False, True, True]
+    (line,) = warned(caplog)
+    assert "the monitor counts step 1, and its measurement of step 3 was read: load the state of the monitor" in line
+
+
 def test_a_callable_keeps_its_rhythm_and_a_complaint_is_not_news_twice(caplog):
     found = source(answers(1.0, ValueError("no")), refresh=3)
     for step in range(5):
@@ -294,37 +338,5 @@ def test_a_source_is_a_monitor_or_a_function():
         ArgumentError, match="Test follows a CurvatureMonitor or a function without arguments, not float"
     ):
         source(3.0)
-
-
-# Smoothing
-
-
-def test_smoothing_is_the_weight_of_the_old_value_and_the_first_is_taken_as_it_is():
-    kept = Followed(0.75)
-    assert kept.take({"a": 0.1}) == {"a": 0.1}
-    assert kept.take({"a": 0.5, "b": 2.0}) == {"a": 0.75 * 0.1 + 0.25 * 0.5, "b": 2.0}
-    assert kept.take({"b": 4.0}) == {"a": 0.75 * 0.1 + 0.25 * 0.5, "b": 2.5}
-    plain = Followed(0.0)
-    for value in (0.1, 0.7, 1e-300):
-        assert plain.take({"a": value}) == {"a": value}
-
-
-@pytest.mark.parametrize("smoothing", [-0.1, 1.0, 2.0, math.nan])
-def test_smoothing_outside_its_range_is_refused(smoothing):
-    with pytest.raises(ArgumentError, match="at least 0 and below 1"):
-        Followed(smoothing)
-
-
-def test_values_and_history_survive_a_checkpoint_and_the_history_is_bounded():
-    kept = Followed(0.5)
-    kept.take({"a": 1 / 3})
-    for step in range(KEPT + 5):
-        kept.history.append(Choice(step, {"a": 1 / 3}, {"p": 2.0}, "note"))
-    again = Followed(0.5)
-    again.load_state_dict(saved(kept.state_dict())[0])
-    assert again.values == kept.values
-    assert again.history == kept.history
-    assert len(again.history) == KEPT
-    assert again.history[0] == Choice(5, {"a": 1 / 3}, {"p": 2.0}, "note")
-    again.history.append(Choice(0, {}, {}))
-    assert len(again.history) == KEPT
+    with pytest.raises(ArgumentError, match="not None; where one rank alone measures, give every rank a function"):
+        source(None)

@@ -88,13 +88,3 @@ def arrays(tensors: Sequence[Tensor]) -> list[Vector]:
 def assert_close(tensors: Sequence[Tensor], truth: Sequence[Vector], rtol: float, atol: float = 0.0) -> None:
     for tensor, array in zip(tensors, truth, strict=True):
         np.testing.assert_allclose(tensor.detach().double().numpy(), array, rtol=rtol, atol=atol)
-
-
-def assert_same_steps(found: Sequence[Tensor], others: Sequence[Tensor], seed: int, shapes) -> None:
-    """Weights after the same steps from ``parameters(seed)``, but for the order in which a norm was summed."""
-    for one, other, start in zip(found, others, parameters(seed, found[0].dtype, shapes), strict=True):
-        unit = torch.finfo(one.dtype).eps
-        moved = float((one - start).detach().abs().max()) if one.numel() else 0.0
-        # Twenty units of the arithmetic's dtype, and the rounding of the weights.
-        rounding = 20 * min(unit, torch.finfo(torch.float32).eps) * moved
-        torch.testing.assert_close(one, other, rtol=unit, atol=rounding)

@@ -56,10 +56,11 @@ class CurvatureMonitor(Follower):
                                                   the probe set is too small to tell ``|g|^2`` from its noise
     ``noise/scale_curvature``                     ``B_noise = tr(HC) / (g^T H g)`` of the probe set; NaN where the
                                                   curvature along the gradient is not positive
-    ``noise/gradient_square``                     ``|g|^2`` of the population, without bias; may be negative
-    ``noise/gradient_square_probe``,              ``|g|^2``, ``g^T H g`` and ``tr(HC)`` of the probe set, with ``C``
-    ``gradient_curvature``, ``trace_hc``          divided by ``N``: the first two hold ``tr(C) / N`` and ``tr(HC) / N``
-                                                  of noise of the mean gradient
+    ``noise/gradient_square``,                    ``|g|^2`` and ``g^T H g`` of the population, without bias; may be
+    ``gradient_curvature``                        negative
+    ``noise/gradient_square_probe``,              the same of the probe set, which hold about ``tr(C) / N`` and
+    ``gradient_curvature_probe``                  ``tr(HC) / N`` of noise of the mean gradient
+    ``noise/trace_hc``                            ``tr(HC)`` of the probe set, ``C`` divided by ``N``
     ``noise/trace``                               ``tr C`` of the population, of single samples
     ``noise/cwgd``                                ``2 tr((|H| + delta)^-1 C)`` of the probe set, ``delta`` 1e-3 of the
                                                   largest Ritz value

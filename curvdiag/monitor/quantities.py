@@ -217,10 +217,14 @@ def _noise_scale(work: Workbench) -> None:
     found["noise/scale"] = noise.b_simple
     found["noise/gradient_square"] = noise.gradient_square
     found["noise/gradient_square_probe"] = noise.probe_square
-    if noise.b_noise is not None and noise.trace_hc is not None and noise.gradient_curvature is not None:
-        found["noise/scale_curvature"] = noise.b_noise
-        found["noise/gradient_curvature"] = noise.gradient_curvature
-        found["noise/trace_hc"] = noise.trace_hc
+    assert noise.population_curvature is not None
+    assert noise.gradient_curvature is not None
+    assert noise.b_noise is not None
+    assert noise.trace_hc is not None
+    found["noise/gradient_curvature"] = noise.population_curvature
+    found["noise/gradient_curvature_probe"] = noise.gradient_curvature
+    found["noise/scale_curvature"] = noise.b_noise
+    found["noise/trace_hc"] = noise.trace_hc
 
 
 def _noise_trace(work: Workbench) -> None:

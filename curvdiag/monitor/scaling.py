@@ -101,7 +101,7 @@ def require_scaling(optimizer: Optimizer) -> None:
     Raises:
         ArgumentError: It is none of those that :func:`optimizer_scaling` knows.
     """
-    if not (_says_itself(optimizer) or _steps_as(optimizer, SGD) or _steps_as(optimizer, Adam)):
+    if not (_says_itself(optimizer) or steps_as(optimizer, SGD) or steps_as(optimizer, Adam)):
         raise ArgumentError(
             f"it is not known by what {type(optimizer).__name__} divides its steps: leave preconditioned_lambda_max "
             "out, or give the optimizer a method preconditioner() that returns {parameter: D}, where its step is "
@@ -119,7 +119,7 @@ def _diagonals(optimizer: Optimizer) -> Callable[[Tensor, dict[str, Any]], Tenso
             raise ArgumentError(f"{kind}.preconditioner() returns a dict of parameters, not {type(given).__name__}")
         by_identity = {id(parameter): diagonal for parameter, diagonal in given.items()}
         return lambda parameter, group: by_identity.get(id(parameter))
-    if _steps_as(optimizer, SGD):
+    if steps_as(optimizer, SGD):
         return lambda parameter, group: torch.ones_like(parameter)
     # Not optimizer.state[parameter]: asking a defaultdict would leave an empty entry behind.
     return lambda parameter, group: _adam(optimizer.state.get(parameter), group)
@@ -138,7 +138,7 @@ def _says_itself(optimizer: Optimizer) -> bool:
     return callable(getattr(optimizer, "preconditioner", None))
 
 
-def _steps_as(optimizer: Optimizer, kind: type[Optimizer]) -> bool:
+def steps_as(optimizer: Optimizer, kind: type[Optimizer]) -> bool:
     """Whether its step is that of ``kind``, and not one of a subclass that does something else."""
     return isinstance(optimizer, kind) and inspect.unwrap(type(optimizer).step) is inspect.unwrap(kind.step)
 

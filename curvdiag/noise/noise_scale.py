@@ -75,6 +75,18 @@ class NoiseScale(Result):
 
     figure = "estimate"
 
+    @property
+    def population_curvature(self) -> Estimate | None:
+        """``g^T H g`` of the population, without bias, as :attr:`gradient_square`; may be negative.
+
+        What the noise of the mean gradient of ``N`` samples adds, ``tr(H C) / (N - 1)`` with ``C`` divided by ``N``, is
+        taken off. ``H`` is that of the probe set. None where curvature was not asked for.
+        """
+        if self.trace_hc is None or self.gradient_curvature is None:
+            return None
+        noise, others = self.trace_hc, self.samples - 1
+        return Estimate(self.gradient_curvature - noise.value / others, noise.standard_error / others, noise.samples)
+
     def step(self, batch_size: float) -> Estimate:
         """The learning rate at which a step of SGD of this batch size gains most, in the quadratic model.
 

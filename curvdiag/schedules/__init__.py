@@ -1,4 +1,18 @@
-"""Schedules of p and of the learning rate, open-loop and measured."""
+"""Schedules of p and of the learning rate, open-loop and measured.
+
+In the loop ``optimizer.step()`` comes first, after which an attached monitor measures, and then the ``step()`` of each
+schedule. A checkpoint holds the states of the optimizer, the monitor and every schedule.
+
+With several ranks all must choose alike, or their weights drift apart. Either each has a monitor with the same probe
+batches and a cadence in steps; or one of them measures, and a function gives its measurement to all::
+
+    def measured():  # on every rank
+        box = [monitor.latest if rank == 0 else None]
+        torch.distributed.broadcast_object_list(box)
+        return box[0]
+
+    schedule = AnisotropyP(optimizer, measured, refresh=100)
+"""
 
 from curvdiag.schedules.anisotropy_lr import AnisotropyLR
 from curvdiag.schedules.anisotropy_p import AnisotropyP

@@ -6,7 +6,8 @@ import math
 from typing import Any
 
 from curvdiag.errors import ArgumentError
-from curvdiag.schedules.measured_lr import Following, WrappedLR, optimizer_of
+from curvdiag.schedules.following import Following
+from curvdiag.schedules.measured_lr import WrappedLR, optimizer_of
 from curvdiag.schedules.source import Measured
 from curvdiag.spectrum import MEASURES, Anisotropy
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -126,9 +125,9 @@ class AnisotropyP(PScheduler):
         return highs if self.per_layer else highs[0]
 
     @property
-    def history(self) -> deque[Choice]:
+    def history(self) -> list[Choice]:
         """What it saw and chose at each measurement, and why it held what it had, oldest first."""
-        return self._followed.history
+        return list(self._followed.history)
 
     @property
     def age(self) -> int | None:
@@ -218,7 +217,7 @@ class AnisotropyP(PScheduler):
         names = group_names(self.optimizer)
         chosen = {f"p/{name}": p for name, p in zip(names, self.get_last_p(), strict=True)}
         numbers = {f"a/{names[int(unit)]}" if unit else "a": a for unit, a in seen.items()}
-        self.history.append(Choice(self.last_epoch, numbers, chosen, self._source.noticed))
+        self._followed.history.append(Choice(self.last_epoch, numbers, chosen, self._source.noticed))
         if seen:
             listed = ", ".join(f"{name} = {value:.6g}" for name, value in (numbers | chosen).items())
             log.info("AnisotropyP, step %d, by %s: %s", self.last_epoch, self.measure, listed)

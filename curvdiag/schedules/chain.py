@@ -44,6 +44,11 @@ class Chain:
         self.left = [float(value) for value in untouched]
         self._notice(optimizer)
 
+    def join(self, base: float) -> None:
+        """Take in a parameter group that was added, whose entry is ``base`` now."""
+        for kept, value in ((self.bases, base), (self.others, 1.0), (self.factors, 1.0), (self.left, base)):
+            kept.append(value)
+
     def values(self, optimizer: Optimizer, factors: Sequence[float], *, alone: bool = False) -> list[float]:
         """The entries under these factors; :meth:`settle` is to be called once they are set.
 

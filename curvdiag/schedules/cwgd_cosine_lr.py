@@ -9,7 +9,8 @@ from torch.optim import Optimizer
 
 from curvdiag.errors import ArgumentError
 from curvdiag.noise.cwgd_result import CWGD
-from curvdiag.schedules.measured_lr import FactorLR, Following
+from curvdiag.schedules.following import Following
+from curvdiag.schedules.measured_lr import FactorLR
 from curvdiag.schedules.source import Measured
 
 Form = Literal["full", "diagonal"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -10,80 +10,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from curvdiag.errors import ArgumentError
-from curvdiag.monitor import CurvatureMonitor, Measurement
 from curvdiag.schedules.chain import Chain, set_entry
+from curvdiag.schedules.following import Following
 from curvdiag.schedules.p_scheduler import group_names
-from curvdiag.schedules.source import Choice, Followed, Measured, Source
-
-
-class Following(Source):
-    """What a schedule follows: the source, the smoothed numbers, and the history of what was made of them.
-
-    Args:
-        source, keys, needs, refresh, owner: As in :class:`~curvdiag.schedules.source.Source`.
-        name: Of the schedule in the keys of a run: ``"schedule/<name>/..."``.
-        smoothing: Weight of the old value, in [0, 1).
-        inside: Takes a number out of a result that a callable may give instead of it; leaves anything else alone.
-    """
-
-    def __init__(
-        self,
-        source: Measured,
-        keys: Mapping[str, str],
-        *,
-        needs: Sequence[str],
-        owner: str,
-        name: str,
-        refresh: int = 1,
-        smoothing: float = 0.0,
-        inside: Callable[[Any], Any] = lambda answer: answer,
-    ) -> None:
-        self._inside = inside
-        super().__init__(source, keys, needs=needs, refresh=refresh, owner=owner)
-        self.name, self.followed = name, Followed(smoothing)
-        self._held = ""
-        self._news: tuple[int, dict[str, float], str] | None = None
-
-    def look(self, step: int, take: Callable[[dict[str, float]], str]) -> None:
-        """Read, and hand what is new to ``take``, which says why it cannot be used, or nothing."""
-        before = self.read_at, self.complaint, set(self._complained)
-        self._held = ""
-        found = self.read(step)
-        if found is not None and (why := take(found)):
-            self.read_at, self.complaint, self._complained = before  # it was no success
-            self.hold("unusable", why, step)
-        if found is not None or self._held:
-            self._news = step, found or {}, self._held
-
-    def chose(self, chosen: Mapping[str, float]) -> None:
-        """Remember and record what was chosen, where there was something to see."""
-        if self._news is None:
-            return
-        (step, seen, held), self._news = self._news, None
-        self.followed.history.append(Choice(step, seen, dict(chosen), held))
-        self.record({f"schedule/{self.name}/{key}": value for key, value in {**seen, **chosen}.items()})
-
-    def _by_name(self, answer: Any) -> dict[str, float]:
-        if isinstance(answer, Measurement):
-            return {name: answer[key] for name, key in self.keys.items()}
-        return super()._by_name(self._inside(answer))
-
-    def hold(self, kind: str, why: str, step: int) -> None:
-        self._held = why
-        super().hold(kind, why, step)
-
-    def renew(self) -> None:
-        """Call a callable at the next look, however recent its last answer is by the count of steps."""
-        if not isinstance(self.source, CurvatureMonitor):
-            self._taken = None
-
-    def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "followed": self.followed.state_dict()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        super().load_state_dict(dict(state))
-        self.followed.load_state_dict(state["followed"])
-        self._news = None
+from curvdiag.schedules.source import Choice
 
 
 class MeasuredSchedule:
@@ -118,6 +48,8 @@ class MeasuredSchedule:
         self.following.look(step, self.take)
 
     def _note(self) -> None:
+        if self.following.news is None:  # reading a rate that is a tensor may wait for the device
+            return
         named = zip(group_names(self.optimizer), self.optimizer.param_groups, strict=True)
         self.following.chose({**self.choice(), **{f"lr/{name}": float(group["lr"]) for name, group in named}})
 
@@ -134,7 +66,8 @@ class FactorLR(MeasuredSchedule, LRScheduler):
     """A learning rate that is the initial one times a factor for each group, which other schedules may multiply.
 
     Alone it has its closed form to the last bit; in ``ChainedScheduler`` and ``SequentialLR`` it behaves as PyTorch's
-    chainable schedules do.
+    chainable schedules do. A parameter group that is added later joins at the next step, with its rate of then as its
+    initial one.
 
     Args:
         optimizer: Whose rates are moved.
@@ -170,11 +103,20 @@ class FactorLR(MeasuredSchedule, LRScheduler):
     def _update_lr(self, epoch: int | None = None) -> None:
         if epoch is not None:  # the count of steps says nothing now
             self.following.renew()
+        self._join()
         self._look(self.last_epoch + 1 if epoch is None else epoch)
         super()._update_lr(epoch)
         assert self._chain is not None
         self._chain.settle(self.optimizer)
         self._note()
+
+    def _join(self) -> None:
+        """Take in the parameter groups that were added since."""
+        for group in self.optimizer.param_groups[len(self.base_lrs) :]:
+            assert self._chain is not None
+            group.setdefault("initial_lr", float(group["lr"]))
+            self.base_lrs.append(float(group["lr"]))
+            self._chain.join(float(group["lr"]))
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs, beside the optimizer's own state: plain numbers."""
@@ -189,7 +131,7 @@ class FactorLR(MeasuredSchedule, LRScheduler):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue. Make the schedule first, then load its state and the optimizer's, in either order."""
+        """Continue. Make the schedule first, then load its state, the optimizer's and the monitor's, in any order."""
         assert self._chain is not None
         self._chain.load_state_dict(state_dict["chain"])
         self._load_measured(state_dict["measured"])
@@ -264,7 +206,7 @@ class WrappedLR(MeasuredSchedule, LRScheduler):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue. Make the schedule first, then load its state and the optimizer's, in either order."""
+        """Continue. Make the schedule first, then load its state, the optimizer's and the monitor's, in any order."""
         self._wanted, self._left = list(state_dict["wanted"]), list(state_dict["left"])
         self.last_epoch, self._last_lr = state_dict["last_epoch"], list(state_dict["left"])
         self.scheduler.load_state_dict(state_dict["scheduler"])

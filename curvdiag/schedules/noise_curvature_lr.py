@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from torch.optim import Optimizer
 
 from curvdiag.errors import ArgumentError
-from curvdiag.schedules.measured_lr import FactorLR, Following
+from curvdiag.noise.noise_scale import NoiseScale
+from curvdiag.schedules.following import Following
+from curvdiag.schedules.measured_lr import FactorLR
 from curvdiag.schedules.source import Measured
 
 KEYS = {
@@ -28,10 +31,10 @@ class NoiseCurvatureLR(FactorLR):
     gradient cannot be told from its noise, or the curvature along it is negative), the rate is held, and
     that is logged.
 
-    What is biased: a monitor's ``||g||^2`` is that of the population, without bias, but its ``g^T H g`` is of the probe
-    set, whose mean gradient carries noise of its own. That adds about ``tr(H C) / N``, so that the rate is as small as
-    with batches of ``1 / (1/B + 1/N)``: little where the probe set is much larger than a batch. The ratio of two noisy
-    numbers is biased too, the less the more they are smoothed.
+    Of a monitor and of a :class:`~curvdiag.noise.NoiseScale` both ``||g||^2`` and ``g^T H g`` are those of the
+    population: what the noise of the probe set's mean gradient adds to them is taken off. Either may then be negative,
+    mostly where the probe set is small, or learnt by heart: take samples that are not trained on. The ratio of two
+    noisy numbers is biased still, the less the more they are smoothed.
 
     Until the first measurement the rates are the initial ones.
 
@@ -43,7 +46,7 @@ class NoiseCurvatureLR(FactorLR):
             initial rates to that group's.
         source: A monitor that measures ``"noise_scale"``, or a function that gives a
             :class:`~curvdiag.noise.NoiseScale` (``noise_scale(objective, curvature=True)``), or a mapping with
-            ``"gradient_square"``, ``"gradient_curvature"`` and ``"trace_hc"``.
+            ``"gradient_square"``, ``"gradient_curvature"`` and ``"trace_hc"``, which are taken as they are.
         batch_size: ``B``, in samples for each optimizer step: all ranks and accumulated micro-batches together.
         scale: Of the rate.
         smoothing: Weight of the old values, in [0, 1).
@@ -91,9 +94,10 @@ class NoiseCurvatureLR(FactorLR):
             owner="NoiseCurvatureLR",
             name="noise_curvature",
             smoothing=smoothing,
+            inside=_of_population,
         )
-        group = optimizer.param_groups[0]
-        if not float(group.get("initial_lr", group["lr"])) > 0:
+        groups = optimizer.param_groups if isinstance(optimizer, Optimizer) else []  # PyTorch refuses anything else
+        if groups and not float(groups[0].get("initial_lr", groups[0]["lr"])) > 0:
             raise ArgumentError(
                 "NoiseCurvatureLR: the first parameter group's rate is zero, and the others' are set by their ratio to "
                 "it; give it a positive one, or put another group first"
@@ -119,3 +123,15 @@ class NoiseCurvatureLR(FactorLR):
 
     def choice(self) -> dict[str, float]:
         return {} if self.rate is None else {"rate": self.rate}
+
+
+def _of_population(answer: Any) -> Any:
+    if not isinstance(answer, NoiseScale):
+        return answer
+    if answer.population_curvature is None:
+        raise ArgumentError("the noise scale was measured without curvature: noise_scale(..., curvature=True)")
+    return {
+        "gradient_square": answer.gradient_square,
+        "gradient_curvature": answer.population_curvature,
+        "trace_hc": answer.trace_hc,
+    }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -62,6 +63,7 @@ class PScheduler:
             group.setdefault("initial_p", float(group["p"]))
         self.optimizer = optimizer
         self.base_ps = self._bases(p_max)
+        self._warn_of_others(begins=last_epoch == -1)
         self.last_epoch = last_epoch
         self._factors = [1.0] * len(self.base_ps)
         self._last_p: list[float] = []
@@ -151,10 +153,22 @@ class PScheduler:
                 f"{self._owner}: p_max is {bases} here and {others[0].base_ps} in the {type(others[0]).__name__} of "
                 "this optimizer, and their factors multiply; leave p_max out here, or detach() the other schedule"
             )
-        if others:
-            names = ", ".join(type(one).__name__ for one in others)
-            log.info("%s chains with %s of the same optimizer: their factors multiply", self._owner, names)
         return bases
+
+    def _warn_of_others(self, *, begins: bool) -> None:
+        others = _schedules(self.optimizer)
+        if not others:
+            return
+        names = ", ".join(type(one).__name__ for one in others)
+        log.info("%s chains with %s of the same optimizer: their factors multiply", self._owner, names)
+        stepped = [type(one).__name__ for one in others if one.last_epoch > 0]
+        if stepped and begins:  # as where a cell of a notebook is run again
+            log.warning(
+                "%s begins after %s was stepped, whose factor goes on to count: where it is replaced, call its "
+                "detach() first",
+                self._owner,
+                ", ".join(stepped),
+            )
 
     def _check(self, index: int, base: float, remedy: str) -> None:
         initial = float(self.optimizer.param_groups[index]["initial_p"])
@@ -198,7 +212,8 @@ def require_p(optimizer: Optimizer, schedule: str) -> None:
 def group_names(optimizer: Optimizer) -> list[str]:
     """What to call each parameter group: its ``"name"``, or its number where it has none of its own."""
     names = [str(group.get("name", index)) for index, group in enumerate(optimizer.param_groups)]
-    return [name if names.count(name) == 1 else str(index) for index, name in enumerate(names)]
+    times = Counter(names)
+    return [name if times[name] == 1 else str(index) for index, name in enumerate(names)]
 
 
 def _schedules(optimizer: Optimizer) -> list[PScheduler]:

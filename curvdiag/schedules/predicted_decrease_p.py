@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
@@ -20,7 +19,7 @@ from curvdiag.operators import GaussNewton, Hessian
 from curvdiag.schedules.p_directions import Layout
 from curvdiag.schedules.p_scheduler import EUCLIDEAN, PScheduler, group_names, require_p
 from curvdiag.schedules.predicted_decrease import candidates, predicted_decrease
-from curvdiag.schedules.source import Choice, Followed, Source
+from curvdiag.schedules.source import Choice, Followed, Source, warn_of_ranks
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +56,9 @@ class PredictedDecreaseP(PScheduler):
     ``curvdiag reproduce geometry``. Hence the smoothing, which keeps ``p`` from following noise; where there is none it
     is no gain. No rate enters: what is compared is the best step along each direction, not the one that the
     optimizer's rate will make.
+
+    With a monitor whose cadence reads the clock (``OverheadBudget``, its default) two runs differ, and a resumed one is
+    not bit-identical: give it ``every=``.
 
     Like the monitor it leaves no trace in the training, and what fails is logged while ``p`` is held. A measurement
     costs a gradient, the operator's graphs, and a product for each of the ``k`` candidates, all at once: about ``2 k``
@@ -108,6 +110,7 @@ class PredictedDecreaseP(PScheduler):
         self.objective: Objective | None = source.objective if isinstance(source, CurvatureMonitor) else None
         if isinstance(source, Objective):
             self.objective = source
+            warn_of_ranks(name)
         self._slope = source if callable(source) else None
         self._grid = _grid(grid)
         self._followed = Followed(smoothing)
@@ -126,10 +129,10 @@ class PredictedDecreaseP(PScheduler):
             )
 
     @property
-    def history(self) -> deque[Choice]:
+    def history(self) -> list[Choice]:
         """What it saw and chose at each measurement: predicted decreases by ``p`` (NaN: left out), the winner, the
         smoothed ``p`` of each group, and why it was held, if it was; oldest first."""
-        return self._followed.history
+        return list(self._followed.history)
 
     @property
     def age(self) -> int | None:
@@ -180,7 +183,7 @@ class PredictedDecreaseP(PScheduler):
 
     def _tell(self, note: str) -> None:
         chosen = {f"p/{k}": p for k, p in zip(group_names(self.optimizer), self.get_last_p(), strict=True)}
-        self.history.append(Choice(self.last_epoch, self._seen, chosen, note))
+        self._followed.history.append(Choice(self.last_epoch, self._seen, chosen, note))
         if not self._winners:
             return
         listed = ", ".join(f"{p:.4g}" for p in chosen.values())
@@ -193,17 +196,16 @@ class PredictedDecreaseP(PScheduler):
     def _measure(self) -> float | None:
         """Find the winners. The source calls it, and survives whatever it raises."""
         self._attempted = True
-        with torch.inference_mode(False):
-            found = self._slope() if self._slope is not None else self._slope_and_curvature()
-            if found is None:
-                self._attempted = False
-                return None
-            gradient, operator = found
-            layout = Layout.of(self.optimizer, self.objective)
-            for unit, groups in self._groups(layout).items():
-                winner = self._winner(layout, gradient, operator, groups, unit)
-                if winner is not None:
-                    self._winners[unit] = winner
+        found = self._slope() if self._slope is not None else self._slope_and_curvature()
+        if found is None:
+            self._attempted = False
+            return None
+        gradient, operator = found
+        layout = Layout.of(self.optimizer, self.objective)
+        for unit, groups in self._groups(layout).items():
+            winner = self._winner(layout, gradient, operator, groups, unit)
+            if winner is not None:
+                self._winners[unit] = winner
         without = [unit for unit in self._groups(layout) if unit not in self._winners]
         why = "no candidate leads downhill and meets positive curvature"
         if not self._winners:

@@ -10,7 +10,8 @@ from torch.optim import Adam, Optimizer
 
 from curvdiag.errors import ArgumentError
 from curvdiag.monitor import CurvatureMonitor
-from curvdiag.schedules.measured_lr import Following, WrappedLR, optimizer_of
+from curvdiag.schedules.following import Following
+from curvdiag.schedules.measured_lr import WrappedLR, optimizer_of
 from curvdiag.schedules.p_scheduler import group_names
 from curvdiag.schedules.source import Measured
 from curvdiag.schedules.stability import StabilityLimit, stability_limit

@@ -9,16 +9,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 
 from curvdiag.errors import ArgumentError
 from curvdiag.estimate import Estimate
-from curvdiag.monitor import CurvatureMonitor
+from curvdiag.monitor import CurvatureMonitor, Measurement
 
 log = logging.getLogger(__name__)
 
 Measured: TypeAlias = CurvatureMonitor | Callable[[], Any]
-"""A monitor, or a function that gives a number, an Estimate, a mapping or a result; None where there is nothing new."""
+"""A monitor, or a function that gives a number, an Estimate, a mapping or a result; None where there is nothing new.
+
+A measurement of a monitor that a function gives again, by its step, is nothing new either.
+"""
 
 KEPT = 10_000
 """Choices that a schedule remembers."""
@@ -78,8 +82,10 @@ class Source:
         partial: bool = False,
     ) -> None:
         if not isinstance(source, CurvatureMonitor) and not callable(source):
+            given = "None; where one rank alone measures, give every rank a function that broadcasts its number"
             raise ArgumentError(
-                f"{owner} follows a CurvatureMonitor or a function without arguments, not {type(source).__name__}"
+                f"{owner} follows a CurvatureMonitor or a function without arguments, not "
+                f"{given if source is None else type(source).__name__}"
             )
         if isinstance(refresh, bool) or not (isinstance(refresh, int) and refresh >= 1):
             raise ArgumentError(f"{owner}: refresh is a number of steps, at least 1, not {refresh!r}")
@@ -89,6 +95,7 @@ class Source:
         self._pick = self._by_name if pick is None else pick
         self._partial = partial
         self._taken: int | None = None
+        self._given: int | None = None  # the step of the last measurement of a monitor that a function gave
         self._waiting: tuple[int, dict[str, float]] | None = None
         self._complained: set[str] = set()
         if isinstance(source, CurvatureMonitor):
@@ -154,13 +161,15 @@ class Source:
         return {
             "read_at": self.read_at,
             "taken": self._taken,
+            "given": self._given,
             "waiting": None if unread is None else [unread[0], unread[1]],
             "complaint": self.complaint,
             "complained": sorted(self._complained),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.read_at, self._taken, self.complaint = state["read_at"], state["taken"], state["complaint"]
+        self.read_at, self._taken, self._given = state["read_at"], state["taken"], state["given"]
+        self.complaint = state["complaint"]
         self._waiting = None if state["waiting"] is None else (state["waiting"][0], dict(state["waiting"][1]))
         self._complained = set(state["complained"])
 
@@ -178,6 +187,7 @@ class Source:
                 "not bit-identical; give the monitor every= or another cadence in steps",
                 self.owner,
             )
+        warn_of_ranks(self.owner)
 
     def _unread(self) -> tuple[int, dict[str, float]] | None:
         """The monitor's last measurement, if it was not read yet: its step, and the numbers."""
@@ -197,8 +207,15 @@ class Source:
         unread, self._waiting = self._unread(), None
         if unread is None:
             assert isinstance(self.source, CurvatureMonitor)
+            done = self.source.steps_done
             if self.source.closed:
                 self.complain("closed", "the monitor is closed, and no measurement will follow; what there is, is held")
+            elif self._taken is not None and done < self._taken:  # its measurements would be skipped without a word
+                self.complain(
+                    "behind",
+                    f"the monitor counts step {done}, and its measurement of step {self._taken} was read: load the "
+                    "state of the monitor too; until it has passed that step what there is, is held",
+                )
             return None
         self._taken = unread[0]
         return unread[1]
@@ -209,6 +226,10 @@ class Source:
         self._taken = step
         assert callable(self.source)
         answer = self.source()
+        if isinstance(answer, Measurement):
+            if answer.step == self._given:
+                return None
+            self._given = answer.step
         return None if answer is None else self._pick(answer) or None
 
     def _by_name(self, answer: Any) -> dict[str, float]:
@@ -255,6 +276,19 @@ class Followed:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.values = dict(state["values"])
         self.history = deque((Choice(*one) for one in state["history"]), maxlen=KEPT)
+
+
+def warn_of_ranks(owner: str) -> None:
+    """Say that every rank must measure the same, where there are several."""
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        log.warning(
+            "%s chooses on each of %d ranks by that rank's own measurement, and the weights drift apart where these "
+            "differ: give all ranks the same probe batches and a cadence in steps, or a function that broadcasts the "
+            "measurement of one rank",
+            owner,
+            distributed.get_world_size(),
+        )
 
 
 def as_float(value: Any) -> float:

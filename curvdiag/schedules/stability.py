@@ -6,7 +6,6 @@ Hessian, seen through what the optimizer divides its steps by.
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from curvdiag.errors import ArgumentError
+from curvdiag.monitor.scaling import steps_as
 from curvdiag.optim import LPSGD, LPSGDM
 from curvdiag.results import Result
 
@@ -80,15 +80,15 @@ def stability_limit(optimizer: Optimizer, group: Mapping[str, Any] | None = None
     """
     group = _only_group(optimizer) if group is None else group
     decay = float(group.get("weight_decay", 0.0))
-    if _steps_as(optimizer, SGD):
+    if steps_as(optimizer, SGD):
         momentum = float(group["momentum"])
         limit = nesterov_limit(momentum) if group["nesterov"] else heavy_ball_limit(momentum, _dampening(group))
         return StabilityLimit(limit, coupled_decay=decay)
-    if _steps_as(optimizer, LPSGD):
+    if steps_as(optimizer, LPSGD):
         return StabilityLimit(GRADIENT_DESCENT, True, decoupled_decay=decay)
-    if _steps_as(optimizer, LPSGDM):
+    if steps_as(optimizer, LPSGDM):
         return StabilityLimit(averaged_momentum_limit(float(group["beta"])), True, decoupled_decay=decay)
-    if _steps_as(optimizer, Adam) or _steps_as(optimizer, AdamW):
+    if steps_as(optimizer, Adam) or steps_as(optimizer, AdamW):
         decoupled = isinstance(optimizer, AdamW) or group.get("decoupled_weight_decay", False)
         if decay and not decoupled:
             raise ArgumentError(
@@ -104,11 +104,6 @@ def stability_limit(optimizer: Optimizer, group: Mapping[str, Any] | None = None
 
 def _dampening(group: Mapping[str, Any]) -> float:
     return float(group["dampening"]) if group["momentum"] else 0.0  # without momentum SGD does not look at it
-
-
-def _steps_as(optimizer: Optimizer, kind: type[Optimizer]) -> bool:
-    """Whether its step is that of ``kind``, and not one of a subclass that does something else."""
-    return isinstance(optimizer, kind) and inspect.unwrap(type(optimizer).step) is inspect.unwrap(kind.step)
 
 
 def _only_group(optimizer: Optimizer) -> Mapping[str, Any]:
