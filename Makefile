@@ -25,7 +25,9 @@ demo: $(INSTALLED)  ## Train a small network with the monitor attached; pictures
 
 figures: demo  ## Remake the pictures of the README and of docs/ (those of MNIST where CURVDIAG_DATA names its folder)
 	cp runs/demo/heatmap.png figures/demo_heatmap.png
-	@if [ -n "$$CURVDIAG_DATA" ]; then $(BIN)/python -m curvdiag.experiments.superlinear --out figures; \
+	$(BIN)/curvdiag reproduce geometry --out figures
+	$(BIN)/curvdiag reproduce cwgd --out figures
+	@if [ -n "$$CURVDIAG_DATA" ]; then $(BIN)/curvdiag reproduce superlinear --out figures; \
 	  else echo "figures/superlinear.png stays as it is: CURVDIAG_DATA names no folder"; fi
 
 test: $(INSTALLED) lint types  ## Lint, types and the test suite

@@ -12,6 +12,7 @@ import typer
 from curvdiag.cli.demo import demo
 from curvdiag.cli.export import export
 from curvdiag.cli.plot import plot
+from curvdiag.cli.reproduce import Listing, reproduce
 from curvdiag.cli.runs import runs
 from curvdiag.cli.scaling import scaling
 from curvdiag.cli.verify import verify
@@ -29,6 +30,7 @@ app = typer.Typer(
 )
 for command in COMMANDS:
     app.command()(command)
+app.command(cls=Listing)(reproduce)
 
 
 def show_version(asked: bool) -> None:

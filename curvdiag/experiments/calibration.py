@@ -7,9 +7,12 @@ covariance ``C = H^gamma``. Half of the samples gives the basis, the other half 
 
 from __future__ import annotations
 
+import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,8 +23,14 @@ from curvdiag.scaling import fits
 from curvdiag.scaling.power_law import Directions, DirectionSamples, measure_power_law
 from curvdiag.scaling.verdict import judge
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MINUTES = 5.0
 Array = NDArray[np.float64]
 GAMMAS = (1.0, 1.5, 2.0)
+RANKS = ("one", "full")
+SAMPLES = (100, 400, 2000, 4000)
 
 
 @dataclass(frozen=True)
@@ -133,6 +142,60 @@ def calibrate(
             )
         )
     return rows
+
+
+def reproduce(
+    out: Path, *, seed: int = 0, quick: bool = False, progress: Callable[[str], object] = print
+) -> list[Path]:
+    """Write ``calibration.png`` and ``calibration.json`` into ``out``."""
+    from curvdiag.experiments.saved import make_folder, save
+
+    make_folder(out)
+    started, rows = time.perf_counter(), []
+    sizes, repetitions = ((100, 400), 5) if quick else (SAMPLES, 500)
+    for rank in RANKS:
+        for samples in sizes:
+            rows += calibrate(Problem(rank), samples, repetitions=repetitions, seed=seed)
+            for row in rows[-len(GAMMAS) :]:
+                progress(
+                    f"rank {rank}, {samples:,} samples, gamma {row.gamma:g}: covered {row.coverage['ols']:.1%}, "
+                    f"in-sample bias {row.in_sample_bias:+.3f}, not called proportional {row.refused:.1%}"
+                )
+    options = {"samples": sizes, "repetitions": repetitions, "ranks": RANKS, "gammas": GAMMAS, "quick": quick}
+    results, seconds = [row.to_dict() for row in rows], time.perf_counter() - started
+    return save("calibration", out, draw(rows), results, options=options, seed=seed, seconds=seconds)
+
+
+def draw(rows: Sequence[Calibration]) -> Figure:
+    """Coverage of the held-out intervals, and bias of the in-sample fit, against the number of samples."""
+    from matplotlib.figure import Figure
+
+    from curvdiag.plotting.style import INK, LINES, open_frame
+
+    figure = Figure(figsize=(9.6, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.axhline(95, color=INK, linewidth=1, linestyle=(0, (6, 3)))
+    right.axhline(0, color=INK, linewidth=1, linestyle=(0, (6, 3)))
+    for gamma, (color, dashes, marker) in zip(GAMMAS, LINES[1:], strict=False):
+        for rank in RANKS:
+            some = [row for row in rows if row.gamma == gamma and row.rank == rank]
+            sizes = [row.samples for row in some]
+            look = {"color": color, "linestyle": dashes, "marker": marker, "mfc": color if rank == "one" else "white"}
+            left.plot(
+                sizes, [100 * row.coverage["ols"] for row in some], label=rf"$\gamma = {gamma:g}$, rank {rank}", **look
+            )
+            right.plot(sizes, [row.in_sample_bias for row in some], **look)
+    left.set(title=f"95 % intervals, held out, {rows[0].repetitions} repetitions", ylabel="covered, %")
+    right.set(title="the same samples for basis and numbers", ylabel="bias of the in-sample exponent")
+    for ax in (left, right):
+        ax.set(xlabel="samples", xscale="log")
+        sizes = sorted({row.samples for row in rows})
+        ax.set_xticks(sizes, [f"{size:,}" for size in sizes])
+        ax.minorticks_off()
+        open_frame(ax)
+    handles, labels = left.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize="small", frameon=False)
+    return figure
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,12 @@
 
 Zhang, Yang and Tu, "On the Superlinear Relationship between SGD Noise Covariance and Loss Landscape Curvature"
 (arXiv:2602.05600). Vanilla SGD, learning rate 0.1, cosine over 500 epochs to a hundredth of it, gradient norms clipped
-at 5; no momentum, weight decay or augmentation.
+at 5; no momentum, weight decay or augmentation. Needs CURVDIAG_DATA.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from curvdiag.scaling.result import ScalingResult
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+MINUTES = 5.0
 BLOCK = "2.weight"
 """The weight matrix that the paper looks at: the one from 50 hidden units to 50."""
 COUNTS = (10, 20, 50, 100, 200, 300, 500, 1000)
@@ -36,6 +36,8 @@ ORIENTATION = {
     "softmax-mse": {50: 1.07, 300: 1.22, 1000: 1.34},
 }
 """In-sample exponents of one earlier run each, by number of directions; the paper's own table is not known."""
+SEEDS = 4
+SIZES = (1500, 3000, 6000)
 LR, LR_FLOOR, COSINE_EPOCHS, CLIP = 0.1, 0.001, 500, 5.0
 
 
@@ -65,14 +67,13 @@ class Trained:
         return Objective(self.model, LOSSES[self.loss], (self.inputs, self.targets))
 
 
-def published_mlp(classes: int = 10) -> nn.Sequential:
+def published_mlp(classes: int = 10, hidden: int = 50) -> nn.Sequential:
     """784-50-50-10, ReLU, no bias; with one output for each class that there is.
 
     The paper writes 10 outputs. For three classes, three outputs give the accuracy and the exponents of the earlier
     runs under both losses; ten do so under cross-entropy only, since the mean over ten classes makes the other loss
     smaller.
     """
-    hidden = 50
     return nn.Sequential(
         *(nn.Linear(784, hidden, bias=False), nn.ReLU()),
         *(nn.Linear(hidden, hidden, bias=False), nn.ReLU()),
@@ -104,6 +105,7 @@ def train(
     per_class: int = 2000,
     epochs: int = 100,
     batch_size: int = 50,
+    hidden: int = 50,
     seed: int = 0,
     progress: Callable[[int, int], object] | None = None,
 ) -> Trained:
@@ -118,7 +120,7 @@ def train(
     inputs, targets = some_digits(classes, per_class)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = published_mlp(classes)
+        model = published_mlp(classes, hidden)
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, COSINE_EPOCHS, eta_min=LR_FLOOR)
     order = torch.Generator().manual_seed(seed)
@@ -166,55 +168,65 @@ def compare(
     return results
 
 
-def by_samples(loss: str, sizes: Sequence[int], *, seed: int = 0) -> dict[int, ScalingResult]:
+def by_samples(
+    loss: str, sizes: Sequence[int], *, counts: Sequence[int] = COUNTS, seed: int = 0, **training: Any
+) -> dict[int, ScalingResult]:
     """One training, tested on random parts of its training samples: where the in-sample fit is biased, it moves."""
-    trained = train(loss, seed=seed)
+    trained = train(loss, seed=seed, **training)
     order = torch.randperm(len(trained.targets), generator=torch.Generator().manual_seed(seed))
     found = {}
     for size in sizes:
         rows = order[:size]
         part = Objective(trained.model, LOSSES[loss], (trained.inputs[rows], trained.targets[rows]))
-        options = {"directions": max(COUNTS), "counts": COUNTS, "bootstrap": 0, "duality": False, "squares": False}
+        options = {"directions": max(counts), "counts": counts, "bootstrap": 0, "duality": False, "squares": False}
         found[size] = scaling_test(part, BLOCK, seed=seed, **options)  # type: ignore[arg-type]
     return found
 
 
 def draw(by_loss: Mapping[str, Sequence[ScalingResult]]) -> Figure:
     """The exponent against the number of directions, one panel for each loss, beside earlier single runs."""
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     from curvdiag.plotting import exponents_of_runs
 
-    size = (5.2 * len(by_loss), 4.0)
-    figure, axes = plt.subplots(1, len(by_loss), figsize=size, layout="constrained", sharey=True, squeeze=False)
+    figure = Figure(figsize=(5.2 * len(by_loss), 4.0), layout="constrained")
+    axes = figure.subplots(1, len(by_loss), sharey=True, squeeze=False)
     for (loss, results), ax in zip(by_loss.items(), axes[0], strict=True):
         exponents_of_runs(results, ax, reference=ORIENTATION.get(loss), title=loss)
     figure.suptitle("Gradient noise against curvature: MNIST MLP, 50 x 50 layer, 3 classes, 100 epochs")
     return figure
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """``python -m curvdiag.experiments.superlinear``: both losses, four seeds, about five minutes on two cores."""
-    from curvdiag.record.export import replace_whole
+def reproduce(
+    out: Path, *, seed: int = 0, quick: bool = False, progress: Callable[[str], object] = print
+) -> list[Path]:
+    """Write ``superlinear.png`` and ``superlinear.json`` into ``out``: both losses, four seeds.
 
-    parser = argparse.ArgumentParser(description="C against H on the published MNIST MLP; needs CURVDIAG_DATA.")
-    parser.add_argument("--out", type=Path, default=Path("figures"), help="folder of superlinear.png and .json")
-    parser.add_argument("--seeds", type=int, default=4)
-    options = parser.parse_args(arguments)
-    options.out.mkdir(parents=True, exist_ok=True)
-    found = {loss: compare(loss, range(options.seeds), progress=print) for loss in LOSSES}
-    draw(found).savefig(options.out / "superlinear.png", dpi=150)
-    sizes = by_samples("cross-entropy", (1500, 3000, 6000))
-    saved: dict[str, Any] = {loss: [summary(one) for one in runs] for loss, runs in found.items()}
-    saved["cross-entropy by number of samples"] = {size: summary(one) for size, one in sizes.items()}
-    text = json.dumps(saved, indent=1)
-    replace_whole(options.out / "superlinear.json", lambda file: print(text, file=file), "w")
+    Raises:
+        DataError: ``CURVDIAG_DATA`` names no folder with MNIST.
+    """
+    from curvdiag.experiments.saved import make_folder, save
+
+    make_folder(out)
+    started = time.perf_counter()
+    seeds, training = range(seed, seed + SEEDS), dict[str, Any]()
+    sizes: Sequence[int] = SIZES
+    counts: Sequence[int] = COUNTS
+    if quick:
+        seeds, sizes, counts = range(seed, seed + 1), (90, 180), (5, 10, 20)
+        training = {"per_class": 60, "epochs": 2, "hidden": 10}
+    found = {loss: compare(loss, seeds, counts=counts, progress=progress, **training) for loss in LOSSES}
+    parts = by_samples("cross-entropy", sizes, counts=counts, seed=seed, **training)
     for loss, runs in found.items():
-        print(loss)
-        for seed, one in enumerate(runs):
-            print(f"  seed {seed}: {_words(one)}")
-    for size, one in sizes.items():
-        print(f"cross-entropy, {size} samples: {_words(one)}")
+        for run, one in zip(seeds, runs, strict=True):
+            progress(f"{loss}, seed {run}: {_words(one)}")
+    for size, one in parts.items():
+        progress(f"cross-entropy, {size} samples: {_words(one)}")
+    results: dict[str, Any] = {loss: [summary(one) for one in runs] for loss, runs in found.items()}
+    results["cross-entropy by number of samples"] = {size: summary(one) for size, one in parts.items()}
+    options = {"seeds": list(seeds), "samples": sizes, "directions": counts, "training": training, "quick": quick}
+    seconds = time.perf_counter() - started
+    return save("superlinear", out, draw(found), results, options=options, seed=seed, seconds=seconds)
 
 
 def summary(result: ScalingResult) -> dict[str, dict[str, float]]:
@@ -231,7 +243,3 @@ def summary(result: ScalingResult) -> dict[str, dict[str, float]]:
 
 def _words(result: ScalingResult) -> str:
     return "; ".join(f"{side} {values}" for side, values in summary(result).items())
-
-
-if __name__ == "__main__":
-    main()
