@@ -4,11 +4,13 @@ An :class:`Objective` is a model with its loss and data. A :class:`Hessian` is i
 :func:`spectral_density`, :func:`top_eigenpairs`, :func:`trace` and :func:`anisotropy` say what it looks like. A
 :class:`NoiseCovariance` is the covariance of per-sample gradients; :func:`gradient_moments`, :func:`noise_scale`,
 :func:`gradient_diversity` and :func:`cwgd` measure it, and :func:`scaling_test` asks whether it is proportional to the
-Hessian. A :class:`CurvatureMonitor` watches all this while the model trains.
+Hessian. A :class:`CurvatureMonitor` watches all this while the model trains. :mod:`curvdiag.optim` has the optimizers
+in the l_p geometry, :mod:`curvdiag.schedules` the schedules that read what the monitor measured.
 """
 
 from importlib.metadata import PackageNotFoundError, version
 
+from curvdiag import optim, schedules
 from curvdiag.errors import CurvdiagError, CurvdiagWarning
 from curvdiag.estimate import Estimate
 from curvdiag.monitor import CurvatureMonitor, Every, LogSpaced, Measurement, OverheadBudget
@@ -75,9 +77,11 @@ __all__ = [
     "gradient_diversity",
     "gradient_moments",
     "noise_scale",
+    "optim",
     "per_sample_gradients",
     "power_iteration",
     "scaling_test",
+    "schedules",
     "spectral_density",
     "top_eigenpairs",
     "trace",

@@ -90,6 +90,7 @@ def test_at_two_it_is_sgd_bit_for_bit(dtype, decay, maximize, way):
         one.step()
         other.step()
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+        assert all(torch.equal(a.grad, b.grad) for a, b in zip(ours, theirs, strict=True))
 
 
 def test_at_two_a_learning_rate_as_a_tensor_is_that_of_sgd_too(way):

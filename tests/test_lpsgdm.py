@@ -117,6 +117,7 @@ def test_the_buffer_has_the_dtype_of_its_parameter_and_directions_are_single():
         optimizer.step()
         (m,) = moments(optimizer, [theta])
         assert m.dtype == dtype
+        assert torch.equal(m, (theta.grad.double() * (1 - 0.9)).to(dtype))
         zero = [np.zeros(3)]
         # The formula from the buffer as it was rounded.
         truth, _ = lpsgdm(before, [m.double().numpy()], zero, lr=0.1, p=6, beta=0.0)

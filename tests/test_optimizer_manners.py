@@ -287,7 +287,7 @@ def test_a_step_on_a_gpu_is_that_on_the_cpu_and_does_not_wait(make):
 
 
 def test_a_compiled_step_is_the_same():
-    ours, theirs = parameters(0, torch.float32), parameters(0, torch.float32)
+    ours, theirs = (parameters(0, torch.float32, [(3, 4), (5,)]) for _ in range(2))
     one, other = LPSGDM(ours, weight_decay=0.1), LPSGDM(theirs, weight_decay=0.1)
     compiled = torch.compile(lambda: one.step(), backend="aot_eager")
     for step in range(3):
@@ -334,7 +334,7 @@ def test_options_that_a_checkpoint_lacks_are_those_of_the_optimizer(make):
 
 
 def test_a_compiled_step_follows_a_changing_p():
-    ours, theirs = parameters(0, torch.float32), parameters(0, torch.float32)
+    ours, theirs = (parameters(0, torch.float32, [(3, 4), (5,)]) for _ in range(2))
     one, other = LPSGD(ours, weight_decay=0.1), LPSGD(theirs, weight_decay=0.1)
     compiled = torch.compile(lambda: one.step(), backend="eager")
     for step, p in enumerate((6.0, 4.0, 3.0, 2.0)):

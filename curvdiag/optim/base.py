@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from curvdiag.errors import ArgumentError
-from curvdiag.optim.buckets import Row, Workspace, buckets, by_way, pieces
-from curvdiag.optim.direction import Direction, exponent, widened, working_dtype
+from curvdiag.optim.buckets import Row, buckets
+from curvdiag.optim.direction import Direction, exponent, widened
 
 
 @dataclass(frozen=True)
@@ -33,11 +32,13 @@ class DirectionOptimizer(Optimizer):
     """Base of the optimizers: a subclass says which direction a group's gradients give.
 
     Everything is checked, for all groups, before the first weight changes. Weight decay is decoupled, and computed as
-    ``theta - lr (u + weight_decay theta)``, so that half-precision weights are rounded once. With ``foreach``
-    the tensors are worked through in parts that stay in cache, whose temporaries are small; without, one by one.
-    ``foreach=None`` means on for plain tensors, on every device, and off for subclasses of tensors and with
-    ``differentiable=True``. A step does not wait for the device, unless a learning rate that is a tensor lies on
-    another one than the parameters.
+    ``theta - lr (u + weight_decay theta)``: the same but for rounding, in one pass less over the weights, which are
+    rounded once (a ``1 - lr weight_decay`` next to one would often be lost in half precision).
+
+    With ``foreach``, on unless told otherwise, the tensors are worked through in parts: slices and lists that stay in a
+    CPU's cache, or keep the launches on an accelerator few and the temporaries small. Subclasses of tensors are always
+    taken one by one, as all are with ``differentiable=True``. A step does not wait for the device, unless a learning
+    rate that is a tensor lies on another one than the parameters.
     """
 
     moment: ClassVar[str] = ""
@@ -80,12 +81,7 @@ class DirectionOptimizer(Optimizer):
                 loss = closure()
         with torch.set_grad_enabled(self.defaults["differentiable"]):
             for work in [self._work(number, group) for number, group in enumerate(self.param_groups)]:
-                if not _takes_parts(work.group["foreach"], self.defaults["differentiable"], work.rows):
-                    self._step_one_by_one(work, work.rows)
-                else:
-                    here, elsewhere = by_way(work.rows)
-                    self._step_one_by_one(work, pieces(here), Workspace())
-                    self._step_in_lists(work, elsewhere)
+                self._follow(work)
                 self._advance(work.group)
         return loss
 
@@ -106,6 +102,13 @@ class DirectionOptimizer(Optimizer):
                     f"{type(self).__name__}{where}: parameter {number} of shape {tuple(parameter.shape)} is complex; "
                     f"make torch.view_as_real of it the parameter"
                 )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # Options that a checkpoint lacks: it is older, or of another optimizer.
+        for group in self.param_groups:
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
 
     def _work(self, number: int, group: dict[str, Any]) -> _Work:
         where = f"{type(self).__name__}, parameter group {number}"
@@ -134,30 +137,19 @@ class DirectionOptimizer(Optimizer):
             state[self.moment] = state[self.moment].clone()  # The graph of the last step keeps that one.
         return state[self.moment]
 
-    def _step_one_by_one(self, work: _Work, rows: Iterable[Row], workspace: Workspace | None = None) -> None:
-        decay, rates = work.group["weight_decay"], _Rates(work.group)
-        for row in rows:
-            parameter, gradient, moment = row[0], row[1], row[2] if self.moment else None
-            rate = rates[parameter.device]
-            out = workspace.like(gradient, working_dtype(gradient.dtype)) if workspace else None
-            found = work.direction.one(-gradient if work.group["maximize"] else gradient, moment, out)
-            if decay != 0:
-                found = torch.add(widened(found), widened(parameter), alpha=decay, out=out)
-            if isinstance(rate, Tensor):
-                parameter.sub_(found * rate)
-            else:
-                parameter.add_(found, alpha=-rate)
-
-    def _step_in_lists(self, work: _Work, rows: Iterable[Row]) -> None:
-        decay, rates = work.group["weight_decay"], _Rates(work.group)
-        for parameters, gradients, *moments in buckets(rows):
+    def _follow(self, work: _Work) -> None:
+        group, rates, decay = work.group, _Rates(work.group), work.group["weight_decay"]
+        together = not group["differentiable"] if group["foreach"] is None else group["foreach"]
+        for parameters, gradients, *moments in buckets(work.rows, together=together):
             rate = rates[parameters[0].device]
-            found = work.direction.many(
-                list(torch._foreach_neg(gradients)) if work.group["maximize"] else gradients, *moments
-            )
+            if group["maximize"]:
+                gradients = list(torch._foreach_neg(gradients))
+            found = work.direction(gradients, *moments)
             if decay != 0:
                 weights = [widened(parameter) for parameter in parameters]
-                found = list(torch._foreach_add([widened(one) for one in found], weights, alpha=decay))
+                if any(found is kept for kept in (gradients, *moments)):
+                    found = [widened(one.clone()) for one in found]
+                torch._foreach_add_(found, weights, alpha=decay)
             if isinstance(rate, Tensor):
                 torch._foreach_sub_(parameters, torch._foreach_mul(found, rate))
             else:
@@ -188,12 +180,6 @@ class DirectionOptimizer(Optimizer):
                 raise ArgumentError(f"{name}: its step{what} cannot be differentiated; leave out differentiable=True")
             if options["foreach"]:
                 raise ArgumentError(f"{name}: foreach and differentiable exclude each other; leave one of them out")
-
-
-def _takes_parts(foreach: bool | None, differentiable: bool, rows: list[Row]) -> bool:
-    if foreach is not None:
-        return foreach
-    return not differentiable and all(type(parameter) in (Tensor, Parameter) for parameter, *_ in rows)
 
 
 class _Rates(dict[torch.device, "float | Tensor"]):

@@ -9,19 +9,23 @@ otherwise.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from numbers import Real
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from curvdiag.errors import ArgumentError
-from curvdiag.optim.buckets import Row, Workspace, buckets, by_way, pieces
+from curvdiag.optim.buckets import buckets, is_plain
 
 HALVES = (torch.float16, torch.bfloat16)
+Direction = Callable[..., list[Tensor]]
+"""What a step follows: called with lists of gradients and, where there is a state, of moments, which change in place.
+
+A list has one device and one dtype. The gradients are left as they are, and so may be returned; half-precision ones may
+come back as single-precision directions.
+"""
 
 
 def lp_direction(gradient: Tensor, p: float, *, eps: float = 1e-8) -> Tensor:
@@ -47,7 +51,7 @@ def lp_direction(gradient: Tensor, p: float, *, eps: float = 1e-8) -> Tensor:
         )
     if not isinstance(eps, Real) or not 0 <= eps < math.inf:
         raise ArgumentError(f"eps must be a finite number of at least 0, not {eps!r}")
-    return LpDirection(exponent(p), float(eps)).one(gradient).to(gradient.dtype)
+    return LpDirection(exponent(p), float(eps))([gradient])[0].to(gradient.dtype)
 
 
 def dual_norm(gradients: Sequence[Tensor], p: float) -> Tensor:
@@ -65,32 +69,35 @@ def dual_norm(gradients: Sequence[Tensor], p: float) -> Tensor:
         return torch.zeros(())
     home = gradients[0].device
     dtype = torch.float64 if any(gradient.dtype == torch.float64 for gradient in gradients) else torch.float32
-    here, elsewhere = by_way((gradient,) for gradient in gradients)
-    # Two extremes, since a norm or an absolute value would take several times as long.
-    extremes = (torch.aminmax(part) for (part,) in chain(pieces(here), elsewhere))
-    ends = [torch.maximum(-least, most).to(home, dtype) for least, most in extremes]
-    largest = torch.stack(ends).amax().clamp_min(torch.finfo(dtype).tiny)
-    powers = [_sum_of_powers(part, largest, q).to(home, dtype) for part in _magnitudes(here, elsewhere)]
+    parts = [part for (part,) in buckets((gradient,) for gradient in gradients)]
+    extremes = [_largest(gradient).to(home, dtype) for part in parts for gradient in part]
+    largest = torch.stack(extremes).amax().clamp_min(torch.finfo(dtype).tiny)
+    powers = [_sum_of_powers(part, largest, q).to(home, dtype) for part in parts]
     return largest * torch.stack(powers).sum() ** (1 / q)
 
 
-def _magnitudes(here: Sequence[Row], elsewhere: Sequence[Row]) -> Iterator[list[Tensor]]:
-    """``|g|`` part by part, each to be used up before the next."""
-    workspace = Workspace()
-    for (piece,) in pieces(here):
-        yield [torch.abs(widened(piece), out=workspace.like(piece, working_dtype(piece.dtype)))]
-    for (part,) in buckets(elsewhere):
-        yield list(torch._foreach_abs([widened(gradient) for gradient in part]))
+def _largest(gradient: Tensor) -> Tensor:
+    if not is_plain(gradient):
+        return _gathered(gradient.abs().amax())
+    # Two extremes, since a norm or an absolute value would take several times as long.
+    least, most = torch.aminmax(gradient)
+    return torch.maximum(-least, most)
 
 
-def _sum_of_powers(shares: list[Tensor], largest: Tensor, q: float) -> Tensor:
-    """Of ``(|g| / largest)^q``; overwrites."""
-    torch._foreach_div_(shares, largest.to(shares[0]))
+def _sum_of_powers(gradients: list[Tensor], largest: Tensor, q: float) -> Tensor:
+    """Of ``(|g| / largest)^q``."""
+    shares = list(torch._foreach_abs([widened(gradient) for gradient in gradients]))
+    torch._foreach_div_(shares, largest.to(shares[0].device, shares[0].dtype))
     # The logarithm of a zero is -inf, and its exponential zero again.
     torch._foreach_log_(shares)
     torch._foreach_mul_(shares, q)
     torch._foreach_exp_(shares)
-    return torch.stack([share.sum() for share in shares]).sum()
+    return torch.stack([_gathered(share.sum()) for share in shares]).sum()
+
+
+def _gathered(number: Tensor) -> Tensor:
+    """That of all shards, where the tensor was a ``DTensor``."""
+    return number.full_tensor() if hasattr(number, "full_tensor") else number
 
 
 def exponent(p: float) -> float:
@@ -104,21 +111,6 @@ def exponent(p: float) -> float:
     return 1.0 if p == math.inf else (float(p) - 2) / (float(p) - 1)
 
 
-class Direction(Protocol):
-    """What a step follows. The gradients are left as they are, and so may be returned.
-
-    Half-precision gradients may come back as single-precision directions.
-    """
-
-    def one(self, gradient: Tensor, moment: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-        """The direction of one tensor or of a part of it, in ``out`` or new; the state ``moment`` changes in place."""
-        ...
-
-    def many(self, gradients: list[Tensor], moments: list[Tensor] | None = None) -> list[Tensor]:
-        """The same for lists on one device and of one dtype, in few launches."""
-        ...
-
-
 @dataclass(frozen=True)
 class LpDirection:
     """``factor * g / (|g| + eps)^rho``; ``rho = 1`` without ``eps`` is the sign."""
@@ -127,25 +119,7 @@ class LpDirection:
     eps: float = 0.0
     factor: Tensor | None = None
 
-    def one(self, gradient: Tensor, moment: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-        if self.rho == 0:
-            return gradient
-        gradient = widened(gradient)
-        if self.rho == 1 and self.eps == 0:
-            found = torch.sign(gradient, out=out)
-        else:
-            found = torch.abs(gradient, out=out)
-            found = torch.add(found, self._floor(gradient), out=out)
-            if self.rho == 1:
-                found = torch.div(gradient, found, out=out)
-            else:
-                found = torch.log(found, out=out)
-                found = torch.mul(found, -self.rho, out=out)
-                found = torch.exp(found, out=out)
-                found = torch.mul(found, gradient, out=out)
-        return found if self.factor is None else torch.mul(found, self.factor.to(found), out=out)
-
-    def many(self, gradients: list[Tensor], moments: list[Tensor] | None = None) -> list[Tensor]:
+    def __call__(self, gradients: list[Tensor]) -> list[Tensor]:
         if self.rho == 0:
             return gradients
         gradients = [widened(gradient) for gradient in gradients]
@@ -160,16 +134,16 @@ class LpDirection:
                 torch._foreach_log_(found)
                 torch._foreach_mul_(found, -self.rho)
                 torch._foreach_exp_(found)
-                torch._foreach_mul_(found, gradients)
+                found = list(torch._foreach_mul(found, gradients))  # Autograd needs the exponential.
         if self.factor is not None:
-            torch._foreach_mul_(found, self.factor.to(found[0]))
+            torch._foreach_mul_(found, self.factor.to(found[0].device, found[0].dtype))
         return found
 
     def preconditioner(self, vector: Tensor) -> Tensor:
         """``D`` of the step ``-lr vector / D``: ``(|vector| + eps)^rho / factor``, in at least single precision."""
         vector = widened(vector)
         found = ((vector.abs() + self._floor(vector)).log_() * self.rho).exp_()
-        return found if self.factor is None else found / self.factor.to(found)
+        return found if self.factor is None else found / self.factor.to(found.device, found.dtype)
 
     def _floor(self, like: Tensor) -> float:
         # A smaller number would be lost, and the zeros that it is there for would become 0 / 0.
@@ -179,8 +153,3 @@ class LpDirection:
 def widened(tensor: Tensor) -> Tensor:
     """Half precision as single."""
     return tensor.float() if tensor.dtype in HALVES else tensor
-
-
-def working_dtype(dtype: torch.dtype) -> torch.dtype:
-    """That of :func:`widened`."""
-    return torch.float32 if dtype in HALVES else dtype

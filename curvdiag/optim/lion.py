@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from curvdiag.errors import ArgumentError
-from curvdiag.optim.average import average_, averages_
+from curvdiag.optim.average import average_
 from curvdiag.optim.base import DirectionOptimizer
 from curvdiag.optim.direction import widened
 
@@ -64,16 +64,9 @@ class _LionDirection:
     beta1: float
     beta2: float
 
-    def one(self, gradient: Tensor, moment: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-        assert moment is not None
-        found = torch.mul(widened(moment), self.beta1, out=out).add_(gradient, alpha=1 - self.beta1).sign_()
-        average_(moment, gradient, self.beta2)
-        return found
-
-    def many(self, gradients: list[Tensor], moments: list[Tensor] | None = None) -> list[Tensor]:
-        assert moments is not None
+    def __call__(self, gradients: list[Tensor], moments: list[Tensor]) -> list[Tensor]:
         found = list(torch._foreach_mul([widened(moment) for moment in moments], self.beta1))
         torch._foreach_add_(found, [widened(gradient) for gradient in gradients], alpha=1 - self.beta1)
         torch._foreach_sign_(found)
-        averages_(moments, gradients, self.beta2)
+        average_(moments, gradients, self.beta2)
         return found

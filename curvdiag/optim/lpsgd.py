@@ -15,8 +15,8 @@ from curvdiag.optim.direction import LpDirection, dual_norm, exponent
 class LPSGD(DirectionOptimizer):
     """``theta <- (1 - lr weight_decay) theta - lr g / (|g| + eps)^rho``, ``rho = (p-2)/(p-1)``.
 
-    Xu and Yang, arXiv:2606.02078. ``p = 2`` is SGD, bit for bit where there is no weight decay; ``p = inf`` is signSGD.
-    Each parameter group has its own ``p``, which a schedule may change.
+    Xu and Yang, arXiv:2606.02078. ``p = 2`` is SGD bit for bit (with weight decay in single and double precision only);
+    ``p = inf`` is signSGD. Each parameter group has its own ``p``, which a schedule may change.
 
     Arithmetic is in the gradients' dtype, and in single precision for half-precision ones, since 1e-8 is zero in
     float16: the direction is rounded only when it is added to the weights. See :func:`lp_direction` for
@@ -30,7 +30,8 @@ class LPSGD(DirectionOptimizer):
         weight_decay: Decoupled, as in AdamW.
         dual_norm: The whole step that minimises ``<lr g, d> + 1/2 ||d||_p^2``: the direction times ``||g||_q^rho``
             with ``1/p + 1/q = 1``, the norm over all gradients of the parameter group together. (The paper drops the
-            factor into the learning rate.)
+            factor into the learning rate.) Of a ``DTensor`` the whole counts; where plain tensors are shards (ZeRO,
+            the first FSDP) each process would take the norm of its own, so leave the factor out there.
         foreach: In parts that stay in cache; on by default.
         maximize: Ascend.
         differentiable: Let autograd pass through the step; not with ``dual_norm``.

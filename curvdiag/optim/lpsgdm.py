@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from curvdiag.optim.average import average_, averages_
+from curvdiag.optim.average import average_
 from curvdiag.optim.base import DirectionOptimizer
 from curvdiag.optim.direction import LpDirection, exponent
 
@@ -83,11 +83,6 @@ class _AveragedDirection:
     beta: float
     lp: LpDirection
 
-    def one(self, gradient: Tensor, moment: Tensor | None = None, out: Tensor | None = None) -> Tensor:
-        assert moment is not None
-        return self.lp.one(average_(moment, gradient, self.beta), out=out)
-
-    def many(self, gradients: list[Tensor], moments: list[Tensor] | None = None) -> list[Tensor]:
-        assert moments is not None
-        averages_(moments, gradients, self.beta)
-        return self.lp.many(moments)
+    def __call__(self, gradients: list[Tensor], moments: list[Tensor]) -> list[Tensor]:
+        average_(moments, gradients, self.beta)
+        return self.lp(moments)
