@@ -119,7 +119,10 @@ def test_constant_cwgd_shows_no_difference_and_a_replay_is_the_schedule_itself()
             assert (one.ratio, one.low, one.high) == pytest.approx((1, 1, 1), rel=1e-9)
             assert one.verdict == "no difference shown"
         assert found.factors[form] == pytest.approx([1.0] * len(found.times))
-    assert found.find("published", "full").ratio != pytest.approx(1, rel=1e-3)
+    published, halved = found.find("published", "full"), found.find("halved")
+    assert published.ratio == pytest.approx(halved.ratio, rel=1e-9)
+    assert published.ratio != pytest.approx(1, rel=1e-3)
+    assert halved.eta_max == found.eta_max / 2
 
 
 def test_a_replay_is_the_mean_factor_at_the_tuned_rate() -> None:
@@ -228,7 +231,7 @@ def test_the_page_holds_everything_and_no_text_lies_over_another(study: cwgd.Stu
     assert_no_text_over_another(figure)
     assert len(figure.axes) == 6
     rows = [label.get_text() for label in figure.axes[5].get_yticklabels()]
-    assert len(rows) == sum(len(one.factors) for one in study.adaptive)
+    assert len(rows) == sum(len(one.factors) + 1 for one in study.adaptive)  # and the control
     assert rows[0] == "linear regression: known"
     cells = [line for line in figure.axes[0].lines if line.get_label().startswith(("isotropic", "prop", "inverse"))]
     assert sum(len(line.get_xdata()) for line in cells) == len(study.published.cells)
@@ -246,9 +249,14 @@ def test_what_is_written_is_json_with_everything_in_it(
     assert set(found["versions"]) == {"curvdiag", "torch", "numpy", "scipy"}
     assert found["options"]["quick"] is True
     assert len(found["results"]["published"]["cells"]) == len(study.published.cells)
-    assert found["summary"]["1 - 2^(-1/3)"] == pytest.approx(0.2063, abs=1e-4)
-    assert found["summary"]["|CWGD-Cosine / cosine at half the peak rate - 1|, largest"] < 1e-12
-    assert found["summary"]["agreement of exact and simulated holds"] is True
+    assert found["results"]["summary"]["1 - 2^(-1/3)"] == pytest.approx(0.2063, abs=1e-4)
+    assert found["results"]["summary"]["|CWGD-Cosine / cosine at half the peak rate - 1|, largest"] < 1e-12
+    assert found["results"]["summary"]["agreement of exact and simulated holds"] is True
+    scatter = found["results"]["summary"]
+    (means,) = (value for name, value in scatter.items() if name.startswith("CWGD from each mini-batch"))
+    cells = study.published.cells
+    one = [c.measured["cwgd"].standard_error * c.exact["cosine"] / c.exact["halved"] for c in cells]
+    assert means["cwgd, batch 16"][1] == pytest.approx(np.linalg.norm(one) / len(cells), rel=1e-5)
     names = [one["name"] for one in found["results"]["adaptive"]]
     assert names[-1] == "MLP on digits"
     assert len(names) == 7

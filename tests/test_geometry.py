@@ -10,8 +10,9 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 
-from curvdiag.experiments import geometry
+from curvdiag.experiments import geometry, geometry_figure
 from curvdiag.experiments.geometry import ANISOTROPY, COSINE, GD, METHODS, PREDICTED, SIGN, UNSMOOTHED
 from curvdiag.experiments.geometry_figure import draw
 from curvdiag.experiments.toys import STRONG, TOYS, WEAK, Toy
@@ -98,12 +99,25 @@ def test_wilsons_interval_is_the_set_of_shares_that_a_score_test_does_not_reject
         with np.errstate(divide="ignore", invalid="ignore"):
             inside = grid[np.abs(hits / number - grid) <= 1.959964 * np.sqrt(grid * (1 - grid) / number)]
         assert share == hits / number
+        assert (hits == 0) <= (low == 0)
+        assert (hits == number) <= (high == 1)
         assert (low, high) == pytest.approx((inside.min(), inside.max()), abs=2e-5)
 
 
-def test_reproduce_writes_a_picture_and_all_numbers(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Path], list[str], Figure]:
+    """What a quick run writes and says, and its picture."""
     lines: list[str] = []
-    paths = geometry.reproduce(tmp_path / "new", seed=3, quick=True, progress=lines.append)
+    pictures: list[Figure] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(geometry_figure, "draw", lambda found: pictures.append(draw(found)) or pictures[0])
+        out = tmp_path_factory.mktemp("geometry") / "new"
+        paths = geometry.reproduce(out, seed=3, quick=True, progress=lines.append)
+    return paths, lines, pictures[0]
+
+
+def test_reproduce_writes_a_picture_and_all_numbers(written: tuple[list[Path], list[str], Figure]) -> None:
+    paths, lines, _ = written
     assert [path.name for path in paths] == ["geometry.png", "geometry.json"]
     assert matplotlib.image.imread(paths[0]).shape[0] > 1000
     whole = json.loads(paths[1].read_text())
@@ -124,8 +138,12 @@ def test_the_same_seed_gives_the_same_numbers_and_another_one_others() -> None:
     assert first["outcomes"] != other["outcomes"]
 
 
-def test_in_the_picture_no_text_lies_over_another() -> None:
-    found = geometry.run(starts=30, steps=(20, 40))
-    figure = draw(found)
+def test_in_the_picture_no_text_lies_over_another(written: tuple[list[Path], list[str], Figure]) -> None:
+    paths, _, figure = written
     assert_no_text_over_another(figure)
-    assert "30 starts" in figure.axes[5].get_legend().get_title().get_text()
+    assert "50 starts" in figure.axes[5].get_legend().get_title().get_text()
+    assert "best rate" in figure.axes[9].get_xlabel()
+    outcomes = json.loads(paths[1].read_text())["results"]["outcomes"]
+    best = outcomes[WEAK.name]["as published"]["best"]["40"][SIGN]["distance"][0]
+    drawn = [line.get_xdata()[0] for line in figure.axes[9].lines if len(line.get_xdata()) == 1]
+    assert any(x == pytest.approx(best, rel=1e-3) for x in drawn)

@@ -11,7 +11,7 @@ fresh seeds.
 
 from __future__ import annotations
 
-import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -188,11 +188,12 @@ def summary(study: Study) -> dict[str, Any]:
         gains.setdefault(f"{steps}, condition {cell.condition:g}", []).append(cell.gain)
         if cell.steps == long and cell.condition <= 100:
             gains.setdefault(f"{steps}, condition 1 to 100", []).append(cell.gain)
-    measured: dict[str, list[float]] = {}
+    measured: dict[str, list[tuple[float, float]]] = {}
     for cell in cells:
         for name, plain in (("cwgd", cell.exact["halved"]), ("normalised", cell.exact["cosine"])):
-            over = cell.measured[name].value * cell.exact["cosine"] / plain
-            measured.setdefault(f"{name}, batch {cell.batch_size}", []).append(over)
+            one, scale = cell.measured[name], cell.exact["cosine"] / plain
+            pair = scale * one.value, scale * one.standard_error
+            measured.setdefault(f"{name}, batch {cell.batch_size}", []).append(pair)
     return {
         "1 - 2^(-1/3)": LIMIT,
         "gain at the same peak rate": {name: span(values) for name, values in sorted(gains.items())},
@@ -205,8 +206,9 @@ def summary(study: Study) -> dict[str, Any]:
         ),
         "best peak rate of CWGD-Cosine / of cosine": span([c.best_cwgd[0] / c.best_cosine[0] for c in cells]),
         "cells whose best peak rate is on the edge of stability": sum(c.at_edge for c in cells),
-        "CWGD from each mini-batch: final error / that of the same method with CWGD known, mean over cells": {
-            name: float(np.mean(values)) for name, values in measured.items()
+        "CWGD from each mini-batch: final error / that with CWGD known, mean over cells and its standard error": {
+            name: [float(np.mean([value for value, _ in pairs])), math.hypot(*(e for _, e in pairs)) / len(pairs)]
+            for name, pairs in measured.items()
         },
         "agreement of exact and simulated holds": study.published.agreement.holds,
         "where curvature or noise change": [
@@ -217,46 +219,19 @@ def summary(study: Study) -> dict[str, Any]:
     }
 
 
-def reproduce(out: Path, *, seed: int = 0, quick: bool = False, progress: Callable[[str], None] = print) -> list[Path]:
+def reproduce(
+    out: Path, *, seed: int = 0, quick: bool = False, progress: Callable[[str], object] = print
+) -> list[Path]:
     """Run it all and write ``cwgd.png`` and ``cwgd.json`` into ``out``; returns their paths."""
     from matplotlib.figure import Figure
 
+    from curvdiag.experiments.saved import make_folder, save
     from curvdiag.plotting.cwgd_page import HEIGHT, WIDTH, cwgd_page
 
-    started, busy = time.perf_counter(), time.process_time()
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
+    started = time.perf_counter()
     study = run(seed=seed, quick=quick, progress=progress)
-    picture = out / "cwgd.png"
-    figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
-    cwgd_page(study, figure).savefig(picture, dpi=110)
-    options = {"quick": quick, "alpha": ALPHA, "eta_max": ETA_MAX, "start": START}
-    spent = {"seconds": time.perf_counter() - started, "processor_seconds": time.process_time() - busy}
-    return [picture, write(study, out / "cwgd.json", options, seed, spent)]
-
-
-def write(study: Study, path: Path, options: dict[str, Any], seed: int, spent: dict[str, float]) -> Path:
-    """Options, seed, versions, seconds, the summary and all results; six digits, ``null`` for what is not finite."""
-    from importlib.metadata import version
-
-    from curvdiag.record.export import replace_whole
-
-    whole = {
-        "options": options,
-        "seed": seed,
-        "versions": {name: version(name) for name in ("curvdiag", "torch", "numpy", "scipy")},
-        **{name: round(seconds, 1) for name, seconds in spent.items()},
-        "summary": _rounded(summary(study)),
-        "results": _rounded(study.to_dict()),
-    }
-    text = json.dumps(whole, indent=1, allow_nan=False)
-    return replace_whole(path, lambda file: print(text, file=file), "w")
-
-
-def _rounded(value: Any) -> Any:
-    if isinstance(value, float):
-        return float(f"{value:.6g}") if np.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _rounded(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_rounded(one) for one in value]
-    return value
+    page = cwgd_page(study, Figure(figsize=(WIDTH, HEIGHT), layout="constrained"))
+    options = {"alpha": ALPHA, "eta_max": ETA_MAX, "start": START, "quick": quick}
+    results = {"summary": summary(study), **study.to_dict()}
+    return save("cwgd", out, page, results, options=options, seed=seed, seconds=time.perf_counter() - started)

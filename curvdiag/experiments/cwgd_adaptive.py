@@ -70,8 +70,8 @@ class Comparison(Result):
     Attributes:
         method: ``"normalised"``, each tuned; ``"replayed"``: the normalised one's mean factor over the tuning seeds
             as a fixed schedule, at the same rate; ``"published"``: CWGD-Cosine, and ``"normalised, untuned"``, both at
-            the peak rate that is best for cosine.
-        form: How CWGD was known.
+            the peak rate that is best for cosine; ``"halved"``: cosine at ``1 / (1 + alpha)`` of that rate.
+        form: How CWGD was known; empty for ``"halved"``, which needs none.
         eta_max: Peak rate.
         ratio, low, high: Mean final error over that of cosine, with a 95 % interval over seeds, paired.
         coarse: For tuned methods: by how much of itself the error of either, whichever is more, might fall between the
@@ -122,7 +122,7 @@ class Outcome(Result):
     factors: dict[str, list[float]]
     also: dict[str, tuple[Comparison, ...]] = field(default_factory=dict)
 
-    def find(self, method: str, form: str) -> Comparison:
+    def find(self, method: str, form: str = "") -> Comparison:
         return next(one for one in self.comparisons if (one.method, one.form) == (method, form))
 
 
@@ -233,14 +233,14 @@ def chosen(
 
 
 def entries_at(best: dict[str, float], traces: dict[str, Array]) -> dict[tuple[str, str], Method]:
-    """What is compared, by method and form: cosine first.
+    """What is compared, by method and form: cosine first, then at the rate that CWGD-Cosine has where nothing changes.
 
     Args:
         best: Peak rates by form; cosine's is ``""``.
         traces: Mean factors ``[T]`` to replay, by form.
     """
     plain = best[""]
-    entries = {("cosine", ""): Method(plain)}
+    entries = {("cosine", ""): Method(plain), ("halved", ""): Method(plain / (1 + ALPHA))}
     for form, trace in traces.items():
         entries["normalised", form] = Method(best[form], form)
         entries["replayed", form] = Method(best[form], form, replay=trace)

@@ -29,7 +29,7 @@ from curvdiag.spectrum import anisotropy
 
 MINUTES = 1.0
 P_MAX = 6.0
-"""The paper's choice for seven of its nine trainings."""
+"""The paper's choice in five of its seven settings."""
 A_HIGH = 1000.0
 """Condition number at which AnisotropyP takes ``P_MAX``: the same for both problems."""
 START = (0.0, 0.0)
@@ -255,7 +255,8 @@ def wilson(hits: int, number: int, z: float = 1.959964) -> tuple[float, float, f
     share, spread = hits / number, z * z / number
     middle = (share + spread / 2) / (1 + spread)
     half = z * math.sqrt(share * (1 - share) / number + spread / (4 * number)) / (1 + spread)
-    return share, max(middle - half, 0.0), min(middle + half, 1.0)
+    # Exact at both ends, where rounding leaves 1e-19.
+    return share, max(middle - half, 0.0) if hits else 0.0, min(middle + half, 1.0) if hits < number else 1.0
 
 
 def _all(gradient: Tensor, p: float) -> Tensor:

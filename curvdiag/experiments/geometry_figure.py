@@ -25,16 +25,20 @@ FLOOR = 1e-9
 
 
 def draw(found: Geometry) -> Figure:
-    """A column for each toy: contours, p, and distance and loss after the last step at the published rates."""
+    """A column for each toy: contours, p, and distance and loss after the last step at the published rates.
+
+    Last, the distance with each method at its own best rate.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10.0, 13.0), layout="constrained")
-    grid = figure.subplots(4, 2, gridspec_kw={"height_ratios": [1.5, 1, 1, 1]})
+    figure = Figure(figsize=(10.0, 15.5), layout="constrained")
+    grid = figure.subplots(5, 2, gridspec_kw={"height_ratios": [1.5, 1, 1, 1, 1]})
     for toy, column in zip(TOYS, grid.T, strict=True):
         trajectories(found, toy, column[0])
         p_along(found, toy, column[1])
-        for ax, what in zip(column[2:], ("distance", "loss"), strict=True):
-            ends(found, toy, ax, what)
+        ends(found, toy, column[2], "distance")
+        ends(found, toy, column[3], "loss")
+        ends(found, toy, column[4], "distance", "best")
     for row in grid[2:]:
         row[1].set_yticklabels([])
     handles, labels = grid[0, 0].get_legend_handles_labels()
@@ -92,11 +96,11 @@ def p_along(found: Geometry, toy: Toy, ax: Axes) -> None:
     open_frame(ax)
 
 
-def ends(found: Geometry, toy: Toy, ax: Axes, what: str) -> None:
+def ends(found: Geometry, toy: Toy, ax: Axes, what: str, rates: str = "published") -> None:
     """Medians over the starts, with nine in ten of them; filled on the axes, open with the eigenvectors turned."""
     last = found.steps[-1]
     for filled, (angle, shift) in zip((True, False), zip(ANGLES, (-0.14, 0.14), strict=True), strict=True):
-        outcomes = found.outcomes[toy.name][angle]["published"][last]
+        outcomes = found.outcomes[toy.name][angle][rates][last]
         for place, method in enumerate(METHODS):
             color, _, marker = LOOKS[method]
             middle, low, high = _clipped(outcomes[method], what)
@@ -108,9 +112,8 @@ def ends(found: Geometry, toy: Toy, ax: Axes, what: str) -> None:
     ax.set_xticks([10.0**k for k in powers], ["$\\leq 10^{-9}$", *(f"$10^{{{k}}}$" for k in powers[1:])], minor=False)
     ax.minorticks_off()
     ax.set_yticks(range(len(METHODS)), [method.replace(", ", ",\n") for method in METHODS])
-    name = "distance" if what == "distance" else "loss"
-    ax.set_xlabel(f"{name} after {last} steps at the published rates")
-    if what == "distance" and toy is not TOYS[0]:
+    ax.set_xlabel(f"{what} after {last} steps, {'each at its best rate' if rates == 'best' else 'published rates'}")
+    if (what, rates) == ("distance", "published") and toy is not TOYS[0]:
         title = f"medians of {found.starts:,} starts; bars: nine in ten"
         ax.legend(loc="lower left", fontsize="x-small", framealpha=0.9, title=title, title_fontsize="x-small")
     ax.grid(axis="x", color="#dddddd", linewidth=0.6)

@@ -178,7 +178,7 @@ def cwgd_factors(outcomes: Sequence[Any], ax: Axes | None = None, *, title: str 
 
 
 def cwgd_comparisons(outcomes: Sequence[Any], ax: Axes | None = None, *, title: str = "") -> Axes:
-    """Final error over that of tuned cosine, with 95 % intervals: each tuned, and at the rate best for cosine."""
+    """Final error over that of tuned cosine, with 95 % intervals: tuned, at cosine's best rate, and the control."""
     ax = own_axes(ax)
     labels, y = [], 0.0
     for outcome in outcomes:
@@ -188,21 +188,25 @@ def cwgd_comparisons(outcomes: Sequence[Any], ax: Axes | None = None, *, title: 
             draw_interval(ax, tuned, y - 0.12, "o", BLUE)
             labels.append((y, f"{outcome.name}: {form}"))
             y += 1
-        y += 0.35
+        draw_interval(ax, outcome.find("halved"), y, "^", INK)
+        labels.append((y, "control"))
+        y += 1.35
     for marker, colour, name in (
         ("o", BLUE, "normalised, each tuned"), ("s", ORANGE, "CWGD-Cosine at cosine's best rate"),
+        ("^", INK, "control: cosine at half that rate"),
     ):  # fmt: skip
         ax.plot([], [], marker=marker, color=colour, markerfacecolor="none" if marker == "s" else colour, label=name)
     ax.axvline(1, color=INK, linewidth=0.9, zorder=1)
     ax.set_xscale("log")
-    lowest = min(o.find(m, form).low for o in outcomes for form in o.factors for m in ("normalised", "published"))
+    shown = [o.find(m, form) for o in outcomes for form in o.factors for m in ("normalised", "published")]
+    lowest = min(one.low for one in (*shown, *(o.find("halved") for o in outcomes)))
     ax.set_xlim(min(0.75, lowest / 1.05), BEYOND * 1.35)
     ax.set_xticks([0.8, 1, 1.5, 2, 3])
     ax.set_xticklabels(["0.8", "1", "1.5", "2", "3"])
     ax.minorticks_off()
     ax.set_yticks([at for at, _ in labels])
     ax.set_yticklabels([name for _, name in labels], fontsize=SMALL)
-    ax.set_ylim(y, -2.4)
+    ax.set_ylim(y, -4.4)
     ax.set_xlabel("final error / that of tuned cosine")
     ax.legend(fontsize=SMALL, loc="upper right", framealpha=0.9)
     return finished(ax, title)
