@@ -158,8 +158,9 @@ def clock(monkeypatch):
     fake = FakeTime()
     monkeypatch.setattr("curvdiag.monitor.clock.time", fake)
     monkeypatch.setattr("curvdiag.monitor.monitor.time", fake)
+    monkeypatch.setattr("curvdiag.monitor.price.time", fake)
 
-    def measured(objective, settings, *, strict):
+    def measured(objective, settings, *, strict, **_):
         fake.now += 20.0
         return Found({"curv/hessian/lambda_max": 1.0}, {}, [], 7)
 
