@@ -96,10 +96,28 @@ def show(rows: Sequence[Row], console: Console) -> None:
     console.print(table)
 
 
+def path_of(about: dict[str, Any], folder: Path) -> Path:
+    """Where a day's results on one kind of machine are saved."""
+    system = about["system"].lower().replace(" ", "-")
+    return folder / f"{about['date']}-{system}-{about['threads']}-threads.json"
+
+
+def with_earlier(rows: Sequence[Row], about: dict[str, Any], folder: Path) -> list[Row] | None:
+    """The day's saved rows in the same environment, with these in the place of theirs; None where there are none."""
+    path = path_of(about, folder)
+    if not path.exists():
+        return None
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    if saved["environment"] != about:
+        return None
+    found = {(row["section"], row["net"], row["what"]): Row(**row) for row in saved["rows"]}
+    found |= {(row.section, row.net, row.what): row for row in rows}
+    return list(found.values())
+
+
 def save(rows: Sequence[Row], setting: dict[str, Any], about: dict[str, Any], folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    system = about["system"].lower().replace(" ", "-")
-    path = folder / f"{about['date']}-{system}-{about['threads']}-threads.json"
+    path = path_of(about, folder)
     whole = {"environment": about, "setting": setting, "rows": [asdict(row) for row in rows]}
     path.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
     return path

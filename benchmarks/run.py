@@ -227,9 +227,15 @@ def main() -> int:
     report.show(rows, console)
     failed = [row for row in rows if row.holds is False]
     console.print(f"\n{len(failed)} of {sum(row.holds is not None for row in rows)} targets missed")
-    if options.quick or set(options.only) != set(PARTS):
-        console.print("Not saved: only a whole run is, and only one that is not --quick")
+    if options.quick:
+        console.print("Not saved: a --quick run never is")
         return 0
+    if set(options.only) != set(PARTS):
+        whole = report.with_earlier(rows, about, HERE / "results")
+        if whole is None:
+            console.print("Not saved: there is no whole run of today in this environment for these parts to go into")
+            return 0
+        rows = whole
     setting = {key: value for key, value in vars(options).items() if key != "quick"}
     path = report.save(rows, setting, about, HERE / "results")
     page = HERE.parent / "docs" / "benchmarks.md"
