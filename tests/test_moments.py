@@ -213,3 +213,18 @@ def test_on_the_benchmark_nets_no_parameter_falls_back(net: str, monkeypatch: py
     found = gradient_moments(objective)
     assert set(found.ways.values()) == {"rule"}
     assert relative(found.mean, objective.gradient()) < 1e-4
+
+
+def test_no_tensor_waits_for_the_collector_of_circles() -> None:
+    model, batch = make("conv-batchnorm")
+    objective = Objective(model, nn.CrossEntropyLoss(), batches=cut(batch, (6, 4)))
+    gradient_moments(objective)
+    gc.collect()
+    gc.disable()
+    try:
+        before = sum(issubclass(type(thing), Tensor) for thing in gc.get_objects())
+        gradient_moments(objective)
+        list(per_sample_gradients(objective))
+        assert sum(issubclass(type(thing), Tensor) for thing in gc.get_objects()) == before
+    finally:
+        gc.enable()

@@ -106,7 +106,7 @@ class Recorder(TorchFunctionMode):
         self.calls: list[Call] = []
         self.roots: list[Tensor] = []
         self.hidden: set[int] = set()
-        self.arrived: Callable[[Call], None] = lambda call: None
+        self.arrived: Callable[[Call], None] = _ignore
         self.adrift = False
         self.names: list[tuple[Any, ...]] = []
         self.placed: set[str] = set()
@@ -123,10 +123,15 @@ class Recorder(TorchFunctionMode):
         return tuple(self.names), frozenset(self.hidden), frozenset(self.placed)
 
     def let_go(self) -> None:
-        """Take the hooks off: the graph would hold the recorder and the recorder the graph, for ever."""
+        """Take the hooks off: the graph would hold the recorder and the recorder the graph, for ever.
+
+        And forget who waits for the calls, which usually holds the recorder: the tensors of a pass would otherwise lie
+        about until Python looks for circles.
+        """
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+        self.arrived = _ignore
 
     def _keep(self, tensor: Tensor, positions: frozenset[int], *, moved: bool) -> None:
         self._sides[id(tensor)] = Side(tensor, positions, moved)
@@ -262,6 +267,10 @@ class Recorder(TorchFunctionMode):
         roles = tuple((role, tuple(sorted(side.positions)), side.moved) for role, side in sides.items())
         self.names.append((type(call).__name__, _name(func), roles, call.describe()))
         return trees.tree_unflatten(flat, spec)
+
+
+def _ignore(call: Call) -> None:
+    pass
 
 
 def _tensors(args: Any, kwargs: Any) -> Iterator[Tensor]:
