@@ -27,8 +27,9 @@ figures: demo  ## Remake the pictures of the README and of docs/ (those of MNIST
 	cp runs/demo/heatmap.png figures/demo_heatmap.png
 	$(BIN)/curvdiag reproduce geometry --out figures
 	$(BIN)/curvdiag reproduce cwgd --out figures
-	@if [ -n "$$CURVDIAG_DATA" ]; then $(BIN)/curvdiag reproduce superlinear --out figures; \
-	  else echo "figures/superlinear.png stays as it is: CURVDIAG_DATA names no folder"; fi
+	@if [ -n "$$CURVDIAG_DATA" ]; then \
+	  $(BIN)/curvdiag reproduce superlinear --out figures && $(BIN)/curvdiag reproduce lpnorm --out figures; \
+	  else echo "figures/superlinear.png and lpnorm.png stay as they are: CURVDIAG_DATA names no folder"; fi
 
 test: $(INSTALLED) lint types  ## Lint, types and the test suite
 	$(BIN)/python -m pytest
