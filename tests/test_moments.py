@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from curvdiag import Objective
 from curvdiag.errors import LossError, NonFiniteError
 from curvdiag.noise.moments import gradient_moments
-from curvdiag.samples import per_sample_gradients
+from curvdiag.samples import per_sample_gradients, streaming
 from curvdiag.samples.recorder import Recorder
 
 
@@ -228,3 +228,38 @@ def test_no_tensor_waits_for_the_collector_of_circles() -> None:
         assert sum(issubclass(type(thing), Tensor) for thing in gc.get_objects()) == before
     finally:
         gc.enable()
+
+
+class MeanOverTime(nn.Module):
+    """Linear layers on the mean over positions: batches of any length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x.mean(1))
+
+
+def test_batches_that_cannot_be_merged_are_added_up() -> None:
+    torch.manual_seed(0)
+    model = MeanOverTime().double()
+    batches = [
+        (torch.randn(size, length, 3, dtype=torch.float64), torch.randint(3, (size,)))
+        for size, length in ((4, 6), (3, 6), (5, 9), (2, 6))
+    ]
+    objective = Objective(model, nn.CrossEntropyLoss(), batches=batches)
+    found = gradient_moments(objective)
+    check(found, torch.cat([classification(model, batch) for batch in batches]), objective)
+    assert ways(found) == {}
+
+
+def test_little_free_memory_makes_many_groups_and_the_same_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = make("mlp-tanh")
+    objective = Objective(model, nn.CrossEntropyLoss(), batches=cut(batch, (4, 3, 3)))
+    weights = objective.weights()
+    assert [size for size, _, _ in streaming.all_totals(objective, weights, None)] == [10]
+    monkeypatch.setattr(streaming, "SMALL", 0)
+    monkeypatch.setattr(streaming, "free_bytes", lambda device: 1)
+    assert [size for size, _, _ in streaming.all_totals(objective, weights, None)] == [4, 3, 3]
+    check(gradient_moments(objective), classification(model, batch), objective)
