@@ -17,7 +17,7 @@ from curvdiag.estimate import Estimate
 from curvdiag.experiments import lpnorm
 from curvdiag.experiments.lpnorm_figure import FOLLOWED, draw
 from curvdiag.experiments.lpnorm_methods import BASELINES, CONTROLS, METHODS, PUBLISHED
-from curvdiag.experiments.lpnorm_summary import Summary, paired, points, summarise, table, verdict
+from curvdiag.experiments.lpnorm_summary import Outcome, Summary, paired, points, summarise, table, verdict
 from curvdiag.experiments.lpnorm_tasks import DIGITS
 from curvdiag.experiments.lpnorm_training import Curves, Job, Run, train
 from figures import assert_no_text_over_another
@@ -196,7 +196,7 @@ def test_the_picture_shows_every_method_and_no_text_over_another() -> None:
                 curves = replace(curves, measured_at=[0.0, 2.0], anisotropy=[900.0 + 10 * seed, 300.0])
             runs.append(replace(made(method, seed, ends[-1]), curves=curves))
         runs.append(made(method, 500, 0.9, final=False))
-    outcome = lpnorm.Outcome(SMALL, summarise(runs), [], runs)
+    outcome = Outcome(SMALL, summarise(runs), [], runs)
     figure = draw({"digits": outcome, "cifar10": replace(outcome, task=replace(SMALL, title="CIFAR-10"))})
     assert_no_text_over_another(figure)
     top, curves = figure.axes[0], figure.axes[2]

@@ -68,6 +68,9 @@ def test_the_best_setting_has_the_highest_mean_accuracy_then_the_lowest_loss() -
     trials = [Trial(a, 0.9, 0.5), Trial(a, 0.7, 0.5), Trial(b, 0.82, 0.6), Trial(b, 0.8, 0.6), Trial(c, 0.5, 0.1)]
     assert ranked(trials) == [b, a, c]
     assert ranked([Trial(a, 0.8, 0.5), Trial(b, 0.8, 0.4), Trial(c, 0.8, math.nan)]) == [b, a, c]
+    assert 0.1 + 0.7 < 0.2 + 0.6  # though they are as many images
+    equal = [Trial(a, 0.1, 0.4), Trial(a, 0.7, 0.4), Trial(b, 0.2, 0.5), Trial(b, 0.6, 0.5)]
+    assert ranked(equal) == ranked(equal[::-1]) == [a, b]
     assert ranked([Trial(c, 0.8, math.inf), Trial(a, 0.8, 9.0)]) == [a, c]
     with pytest.raises(ArgumentError, match="no trial"):
         ranked([])

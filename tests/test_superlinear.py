@@ -84,6 +84,7 @@ def test_idx_files_are_read_and_broken_ones_named(tmp_path: Path, monkeypatch: p
         (gzip.compress(head + images.tobytes()[:-1]), "holds 23"),
         (gzip.compress(b"GIF8" + images.tobytes()), "not an IDX file"),
         (b"not gzip", "gzip"),
+        (gzip.compress(b"")[:10] + b"\xff" * 20, "not a whole gzip"),  # a header, and then no deflate stream
     ):
         path.write_bytes(content)
         with pytest.raises(DataError, match=words):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import os
 import pickle
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def read_idx(path: Path) -> Tensor:
         raw = gzip.decompress(path.read_bytes())
     except FileNotFoundError as error:
         raise DataError(f"there is no file {path}") from error
-    except (gzip.BadGzipFile, EOFError) as error:
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"{path} is not a whole gzip file: {error}") from error
     if len(raw) < 4 or raw[:2] != b"\0\0" or raw[2] != IDX_BYTES:
         raise DataError(f"{path} is not an IDX file of unsigned bytes: it begins with {raw[:4].hex()}")

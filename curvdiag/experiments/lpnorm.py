@@ -2,10 +2,9 @@
 
 Xu and Yang (arXiv:2606.02078) report that LPSGDM with a cosine schedule of p is ahead of SGD with momentum, AdamW and
 Lion on CIFAR. Here each method tries as many settings of learning rate and weight decay, at the same places of a range
-of the same width about its customary setting, on validation images; the best one is then run with fresh seeds and
-tested on other images. Shown are accuracies with 95 % intervals over seeds, differences paired by seed, accuracy and
-loss curves, and the measured anisotropy of the Hessian beside p. CIFAR-10 needs CURVDIAG_DATA; without it only the
-digits are run.
+of the same width, on validation images; the best one is then run with fresh seeds and tested on other images. Shown are
+accuracies with 95 % intervals over seeds, differences paired by seed, accuracy and loss curves, and the measured
+anisotropy of the Hessian beside p. CIFAR-10 needs CURVDIAG_DATA; without it only the digits are run.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from typing import Any
 
 from curvdiag.experiments.lpnorm_journal import Journal
 from curvdiag.experiments.lpnorm_methods import BASELINES, MEASURE, METHODS, P_MAX
-from curvdiag.experiments.lpnorm_summary import Summary, choose, comparisons, summarise, table
+from curvdiag.experiments.lpnorm_summary import Outcome, choose, comparisons, summarise, table
 from curvdiag.experiments.lpnorm_tasks import CIFAR10, DIGITS, Task, has_cifar10
 from curvdiag.experiments.lpnorm_training import Job, Run, train
 from curvdiag.experiments.lpnorm_tuning import DECAY_DECADES, LR_DECADES
@@ -47,23 +46,6 @@ QUICK: dict[str, Any] = {
 """What ``quick`` changes of a task."""
 
 Progress = Callable[[str], object]
-
-
-@dataclass(frozen=True)
-class Outcome(Result):
-    """All runs of a task, and what they say.
-
-    Attributes:
-        task: What was learnt.
-        summaries: A row for each method.
-        comparisons: The paper's method against its baselines, and methods against their controls, in words.
-        runs: Tuning runs and final ones.
-    """
-
-    task: Task
-    summaries: list[Summary]
-    comparisons: list[str]
-    runs: list[Run]
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,12 @@ import numpy as np
 
 from curvdiag.estimate import Estimate
 from curvdiag.experiments.lpnorm_methods import BASELINES, P_MAX, PUBLISHED
-from curvdiag.experiments.lpnorm_summary import Summary, finals
+from curvdiag.experiments.lpnorm_summary import Outcome, Summary, finals
 from curvdiag.plotting.style import LINES, open_frame
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-    from curvdiag.experiments.lpnorm import Outcome
 
 FOLLOWED = (*BASELINES, PUBLISHED, "LPSGDM, AnisotropyP", "LPSGDM, PredictedDecreaseP")
 """The methods whose curves are shown; the JSON holds all."""

@@ -121,7 +121,7 @@ def _anisotropy_lr(scheduler: Any, scene: Scene) -> Any:
 
 
 # Each range begins at about the rate that the paper chose on CIFAR-10, or that is customary where it has none, and goes
-# up, since runs of a few hundred steps want higher rates; its middle was found by trying five rates of each kind.
+# up, since runs of a few hundred steps want higher rates; its middle was set after four or five rates of each kind.
 # PyTorch's SGD adds its decay to the gradient; all others shrink the weights by rate times decay.
 _SGD = Range(lr=0.5, weight_decay=3e-4)
 _ADAM = Range(lr=2e-2, weight_decay=3e-3)

@@ -10,6 +10,7 @@ import numpy as np
 
 from curvdiag.estimate import Estimate
 from curvdiag.experiments.lpnorm_methods import BASELINES, CONTROLS, METHODS, PUBLISHED
+from curvdiag.experiments.lpnorm_tasks import Task
 from curvdiag.experiments.lpnorm_training import Run
 from curvdiag.experiments.lpnorm_tuning import Setting, Trial, ranked
 from curvdiag.results import Result
@@ -45,6 +46,23 @@ class Summary(Result):
     ahead: dict[str, Estimate]
     second: Estimate | None
     seconds: float
+
+
+@dataclass(frozen=True)
+class Outcome(Result):
+    """All runs of a task, and what they say.
+
+    Attributes:
+        task: What was learnt.
+        summaries: A row for each method.
+        comparisons: The paper's method against its baselines, and methods against their controls, in words.
+        runs: Tuning runs and final ones.
+    """
+
+    task: Task
+    summaries: list[Summary]
+    comparisons: list[str]
+    runs: list[Run]
 
 
 def choose(runs: Iterable[Run], method: str) -> list[Setting]:

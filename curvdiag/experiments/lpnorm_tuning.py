@@ -27,7 +27,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Range:
-    """Where to search, in logarithms: :data:`LR_DECADES` and :data:`DECAY_DECADES` about a customary setting."""
+    """Where to search, in logarithms: :data:`LR_DECADES` and :data:`DECAY_DECADES` about these two."""
 
     lr: float
     weight_decay: float
@@ -80,4 +80,5 @@ def ranked(trials: Sequence[Trial]) -> list[Setting]:
 
 def _merit(trials: Sequence[Trial]) -> tuple[float, float]:
     loss = float(np.mean([trial.loss for trial in trials]))
-    return float(np.mean([trial.accuracy for trial in trials])), -loss if math.isfinite(loss) else -math.inf
+    accuracy = round(float(np.mean([trial.accuracy for trial in trials])), 12)  # equal counts of images are equal
+    return accuracy, -loss if math.isfinite(loss) else -math.inf
