@@ -56,24 +56,14 @@ def sandbox(model: nn.Module, mode: Mode, device: torch.device, *, twice: bool) 
             if device.type == "cuda" and any(isinstance(m, nn.RNNBase) for m in model.modules()):
                 stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         stack.enter_context(_attributes(model))
-        flags = [(module, module.training) for module in model.modules()]
-        sparse = [module for module in model.modules() if getattr(module, "sparse", None) is True]
-        try:
-            for module in sparse:  # sparse gradients cannot be differentiated again
+        for module in model.modules():
+            if getattr(module, "sparse", None) is True:  # sparse gradients cannot be differentiated again
                 module.sparse = False  # type: ignore[assignment]
-            if mode == "eval":
-                for module, flag in flags:
-                    if flag:  # assigning to a module is slow
-                        module.training = False
-            else:
-                model.train()
-            yield
-        finally:
-            for module, flag in flags:
-                if module.training != flag:
-                    module.training = flag
-            for module in sparse:
-                module.sparse = True  # type: ignore[assignment]
+            if mode == "eval" and module.training:  # assigning to a module is slow
+                module.training = False
+        if mode != "eval":
+            model.train()
+        yield
 
 
 @contextmanager

@@ -12,9 +12,9 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from curvdiag.experiments import geometry, geometry_figure
-from curvdiag.experiments.geometry import ANISOTROPY, COSINE, GD, METHODS, PREDICTED, SIGN, UNSMOOTHED
+from curvdiag.experiments import geometry
 from curvdiag.experiments.geometry_figure import draw
+from curvdiag.experiments.geometry_results import ANISOTROPY, COSINE, GD, METHODS, PREDICTED, SIGN, UNSMOOTHED
 from curvdiag.experiments.toys import STRONG, TOYS, WEAK, Toy
 from figures import assert_no_text_over_another
 
@@ -110,7 +110,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Path], list[
     lines: list[str] = []
     pictures: list[Figure] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(geometry_figure, "draw", lambda found: pictures.append(draw(found)) or pictures[0])
+        patch.setattr(geometry, "draw", lambda found: pictures.append(draw(found)) or pictures[0])
         out = tmp_path_factory.mktemp("geometry") / "new"
         paths = geometry.reproduce(out, seed=3, quick=True, progress=lines.append)
     return paths, lines, pictures[0]

@@ -11,18 +11,30 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+from curvdiag.experiments.geometry_figure import draw
+from curvdiag.experiments.geometry_results import (
+    ANGLES,
+    ANISOTROPY,
+    COSINE,
+    GD,
+    METHODS,
+    PREDICTED,
+    SIGN,
+    UNSMOOTHED,
+    Geometry,
+    Outcome,
+    Path2D,
+)
 from curvdiag.experiments.toys import TOYS, Toy
 from curvdiag.operators import Hessian
 from curvdiag.optim import LPSGD
-from curvdiag.results import Result
 from curvdiag.schedules import AnisotropyP, CosineP, PredictedDecreaseP
 from curvdiag.schedules.predicted_decrease import candidates
 from curvdiag.spectrum import anisotropy
@@ -34,7 +46,6 @@ A_HIGH = 1000.0
 """Condition number at which AnisotropyP takes ``P_MAX``: the same for both problems."""
 START = (0.0, 0.0)
 """Of the trajectories that are drawn."""
-ANGLES = {"as published": 0.0, "turned by 45°": math.pi / 4}
 MULTIPLIERS = tuple(2.0**k for k in range(-6, 5))
 """Of the rates, tried for each method when its best is looked for."""
 TUNING_SEED = 1_000_003
@@ -43,65 +54,10 @@ EVERY = 5
 """Of the points of a trajectory that are written into the JSON."""
 NINE_IN_TEN = (0.5, 0.05, 0.95)
 
-GD, SIGN, COSINE, ANISOTROPY = "GD", "signGD", "cosine p", "anisotropy p"
-PREDICTED, UNSMOOTHED = "predicted p", "predicted p, unsmoothed"
-METHODS = (GD, SIGN, COSINE, ANISOTROPY, PREDICTED, UNSMOOTHED)
 SMOOTHING = {PREDICTED: 0.9, UNSMOOTHED: 0.0}
 
 Rule: TypeAlias = Callable[[int, Tensor], Tensor]
 """``p`` ``[N, 1]`` of a step, from its number and the gradients ``[N, 2]`` of all starts."""
-
-
-@dataclass(frozen=True)
-class Path2D(Result):
-    """One descent.
-
-    Attributes:
-        points: ``theta`` before each step and after the last, ``[T + 1, 2]``.
-        p: At each step, ``[T]``; infinite for signGD.
-    """
-
-    points: Tensor
-    p: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class Outcome(Result):
-    """Where descents from many starts end.
-
-    Attributes:
-        distance: From the optimum: the median, and the two values between which nine in ten of the starts lie.
-        loss: The same of the losses.
-        nearer: Share of the starts from which the method ends nearer than GD from the same start, with a 95 % interval
-            (Wilson).
-        lower: The same for a lower loss.
-        jumps: Mean share of the steps at which ``p`` moved by more than a half.
-        multiplier: Of the published rates.
-    """
-
-    distance: tuple[float, float, float]
-    loss: tuple[float, float, float]
-    nearer: tuple[float, float, float]
-    lower: tuple[float, float, float]
-    jumps: float
-    multiplier: float = 1.0
-
-
-@dataclass(frozen=True)
-class Geometry(Result):
-    """What :func:`run` found.
-
-    Attributes:
-        paths: By toy and method, from :data:`START`.
-        outcomes: By toy, angle, rates (``"published"`` or ``"best"``), steps and method.
-        starts, steps, seed: As given.
-    """
-
-    paths: Mapping[str, Mapping[str, Path2D]]
-    outcomes: Mapping[str, Mapping[str, Mapping[str, Mapping[int, Mapping[str, Outcome]]]]]
-    starts: int
-    steps: tuple[int, ...]
-    seed: int
 
 
 def run(
@@ -267,7 +223,6 @@ def reproduce(
     out: Path, *, seed: int = 0, quick: bool = False, progress: Callable[[str], object] = print
 ) -> list[Path]:
     """Write ``geometry.png`` and ``geometry.json`` into ``out``."""
-    from curvdiag.experiments.geometry_figure import draw
     from curvdiag.experiments.saved import make_folder, save
 
     make_folder(out)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from curvdiag.experiments.geometry import ANGLES, COSINE, GD, METHODS, SIGN, UNSMOOTHED, Geometry, Outcome
+from curvdiag.experiments.geometry_results import ANGLES, COSINE, GD, METHODS, SIGN, UNSMOOTHED, Geometry, Outcome
 from curvdiag.experiments.toys import OPTIMUM, TOYS, Toy
 from curvdiag.plotting.style import INK, LINES, open_frame
 
