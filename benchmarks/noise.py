@@ -1,4 +1,4 @@
-"""Products with C and with the Gauss-Newton matrix, and the moments of per-sample gradients."""
+"""Products with C and with the Gauss-Newton matrix by two routes, and the moments of per-sample gradients."""
 
 from __future__ import annotations
 
@@ -7,48 +7,86 @@ from collections.abc import Callable
 import measure
 import moments
 from measure import Timing, relative
-from nets import Batches
 from peers import gauss_newton
 from report import Row, row_of
-from torch import nn, randn
+from routes import forward_mode
+from settings import AGREEMENT, Settings, Subject, differs
 
-from curvdiag import GaussNewton, Hessian, NoiseCovariance, Objective
+from curvdiag import GaussNewton, NoiseCovariance
 
-PRODUCTS = {"MLP": 1.7, "ResNet": 2.5, "GPT": 1.7}
+PRODUCTS = {"MLP": 1.5, "ResNet": 2.2, "GPT": 1.5}
 """Most gradients for a product that needs no second derivative of the model."""
+SHARED = "curvdiag, GGN @ v on the Hessian's graph"
 LEEWAY = {"MLP": 1.0, "ResNet": 1.0, "GPT": 1.05}
 """Most that the moments may take, as a multiple of what ``vmap`` takes."""
 
 
-def covariance_products(
-    name: str, model: nn.Module, objective: Objective, hessian: Hessian, unit: Callable[[], object], rounds: int
-) -> list[Row]:
-    covariance, ours = NoiseCovariance(objective, graphs=hessian), GaussNewton(objective)
-    theirs, v = gauss_newton(model, objective.batches), randn(objective.parameters.size)
-    peer = "curvlinops, GGN @ v"
-    candidates: dict[str, Callable[[], object]] = {
-        "curvdiag, C @ v kept": lambda: covariance @ v,
-        "curvdiag, GGN @ v kept": lambda: ours @ v,
-        peer: lambda: theirs(v),
+def noise_rows(subject: Subject, settings: Settings) -> list[Row]:
+    return [*covariance_products(subject, settings), *moments_rows(subject, settings)]
+
+
+def covariance_products(subject: Subject, settings: Settings) -> list[Row]:
+    """Ours, which is a second backward pass, the forward mode written here, and curvlinops' own."""
+    section, v = "Products C @ v and GGN @ v", subject.vector
+    own = {
+        "C @ v": NoiseCovariance(subject.objective, graphs=subject.kept),
+        "GGN @ v": GaussNewton(subject.objective),
     }
-    agreement = f"product differs from curvdiag's by {relative(theirs(v), ours @ v):.0e}"
+    forward, theirs = forward_mode(subject.model, subject.batches), gauss_newton(subject.model, subject.batches)
+    candidates: dict[str, Callable[[], object]] = {"curvlinops, GGN @ v": lambda: theirs(v)}
+    shared = GaussNewton(subject.objective, graphs=subject.kept)
+    candidates[SHARED] = lambda: shared @ v
+    for name in own:
+        candidates[f"curvdiag, {name} kept"] = lambda name=name: own[name] @ v
+        candidates[f"forward mode, {name}"] = lambda name=name: forward[name](v)
+    timings = measure.alternate(subject.unit, candidates, rounds=settings.rounds)
+    rows = []
+    for name, operator in own.items():
+        ours, other = timings[f"curvdiag, {name} kept"], timings[f"forward mode, {name}"]
+        truth = operator @ v
+        apart = relative(forward[name](v), truth)
+        note = f"second backward pass through the kept graph; {_winner(ours, other)}"
+        rows.append(row_of(section, subject.name, f"curvdiag, {name} kept", ours, PRODUCTS[subject.name], note))
+        same = f"dual numbers, then a kept graph; {differs(forward[name](v), truth)}"
+        rows.append(
+            Row(
+                section,
+                subject.name,
+                f"forward mode, {name}",
+                other.median,
+                *other.quartiles,
+                "" if apart <= AGREEMENT else "the same product",
+                None if apart <= AGREEMENT else False,
+                same,
+            )
+        )
+    truth = own["GGN @ v"] @ v
+    same, agreement = differs(shared @ v, truth), differs(theirs(v), truth)
     return [
-        row_of("Products C @ v and GGN @ v", name, what, timing, *_target(what == peer, name, agreement))
-        for what, timing in measure.alternate(unit, candidates, rounds=rounds).items()
+        *rows,
+        row_of(section, subject.name, SHARED, timings[SHARED], None, f"no graph of its own; {same}"),
+        row_of(section, subject.name, "curvlinops, GGN @ v", timings["curvlinops, GGN @ v"], None, agreement),
     ]
 
 
-def _target(is_peer: bool, name: str, agreement: str) -> tuple[float | None, str]:
-    return (None, agreement) if is_peer else (PRODUCTS[name], "")
+def _winner(ours: Timing, other: Timing) -> str:
+    """Which of the two routes is faster, and by how much."""
+    ratio = other.median / ours.median
+    if abs(ratio - 1) < 0.05:
+        return "forward mode takes as long"
+    return (
+        f"wins: forward mode takes {ratio:.1f} times as long" if ratio > 1 else f"forward mode wins: {ratio:.2f} of it"
+    )
 
 
-def moments_rows(name: str, model: nn.Module, batches: Batches, unit: Callable[[], object], rounds: int) -> list[Row]:
+def moments_rows(subject: Subject, settings: Settings) -> list[Row]:
     """Ours against its limit, against ``vmap``, and against BackPACK where that supports the net."""
-    section = "Mean, diagonal of C, and norms of per-sample gradients"
-    candidates = moments.candidates(model, batches)
+    section, name = "Mean, diagonal of C, and norms of per-sample gradients", subject.name
+    candidates = moments.candidates(subject.model, subject.batches)
     truth = candidates["curvdiag"]()
-    timings = measure.alternate(unit, candidates, rounds=rounds)
-    ours = timings.pop("curvdiag")
+    own = {"curvdiag": candidates.pop("curvdiag")}
+    ours = measure.alternate(subject.unit, own, rounds=2 * settings.rounds)["curvdiag"]
+    timings = measure.alternate(subject.unit, candidates, rounds=settings.rounds, repeats=1)  # they take long
     rows = [row_of(section, name, "curvdiag", ours, moments.TARGETS[name])]
     for peer, timing in timings.items():
         error = max(relative(theirs, own) for theirs, own in zip(candidates[peer](), truth, strict=True))

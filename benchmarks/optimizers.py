@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 import measure
 import torch
 from report import Row, row_of
+from settings import Settings
 from torch import Tensor
 from torch.optim import SGD, AdamW, Optimizer
 
@@ -31,13 +32,13 @@ CANDIDATES: dict[str, tuple[Maker, float | None]] = {
 }
 
 
-def optimizer_rows(rounds: int) -> list[Row]:
+def optimizer_rows(settings: Settings) -> list[Row]:
     """All in turns, each between two blocks of the unit."""
     size = sum(tensor.numel() for tensor in weights())
     section = f"One optimizer step on {size / 1e6:.1f} million parameters, in steps of AdamW(foreach=True)"
     unit = AdamW(weights(), foreach=True).step
     steps: dict[str, Callable[[], object]] = {name: make(weights()).step for name, (make, _) in CANDIDATES.items()}
-    timings = measure.alternate(unit, steps, rounds=TURNS * rounds)
+    timings = measure.alternate(unit, steps, rounds=TURNS * settings.rounds)
     return [row_of(section, "weights of a GPT", name, timings[name], limit) for name, (_, limit) in CANDIDATES.items()]
 
 

@@ -10,12 +10,26 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from measure import Timing
+from report import Row
+from settings import Settings
 from torch import nn
 
 from curvdiag import CurvatureMonitor, Objective, OverheadBudget
 from curvdiag.experiments.digits import digits
 
 BATCH, PROBE = 64, 128
+MARGIN, MEASUREMENTS = 0.02, 10
+"""How far above the share that was asked for, and how many measurements at least in a run."""
+
+
+def monitor_rows(settings: Settings) -> list[Row]:
+    """Its share of training runs on the digits, by its own clock and by the wall's, and how often it measured."""
+    return [
+        row
+        for fraction in ((0.1, 0.05) if settings.long else (0.1,))
+        for row in _rows(fraction, settings.seconds * (0.1 / fraction), settings)
+    ]
 
 
 @dataclass(frozen=True)
@@ -58,6 +72,29 @@ def measure(fraction: float, *, seconds: float, pairs: int, progress: Callable[[
         wall.append(1 - (plain[-2] + plain[-1]) / 2 / with_it.seconds)
         measurements.append(with_it.measurements)
     return Overhead(fraction, tuple(own), tuple(wall), tuple(measurements), tuple(plain))
+
+
+def _rows(fraction: float, seconds: float, settings: Settings) -> list[Row]:
+    pairs = settings.pairs
+    settings.tell(f"monitor: {2 * pairs + 1} training runs of about {seconds:g} s, a share of {fraction:.0%} asked for")
+    found = measure(fraction, seconds=seconds, pairs=pairs)
+    section, net = "The monitor's share of a training run", "digits MLP"
+    asked, target = f"OverheadBudget({fraction:g})", fraction + MARGIN
+    note = f"{pairs} runs of {statistics.median(found.plain):.0f} s, preset standard with 20 steps and 3 probes"
+    unrest = f"runs without the monitor differ by {found.unrest:.1%}"
+    rows = []
+    for what, shares, remark in (("own clock", found.own, note), ("wall clock", found.wall, unrest)):
+        timing = Timing(shares)
+        holds = timing.median <= target
+        text = f"at most {target:.0%}"
+        rows.append(
+            Row(section, net, f"{asked}, {what}", timing.median, *timing.quartiles, text, holds, remark, "share")
+        )
+    fewest = min(found.measurements)
+    quartiles = Timing(tuple(map(float, found.measurements))).quartiles
+    least, enough = f"at least {MEASUREMENTS}", fewest >= MEASUREMENTS
+    what, remark = f"{asked}, measurements", "in the run with the fewest"
+    return [*rows, Row(section, net, what, fewest, *quartiles, least, enough, remark, "count")]
 
 
 @dataclass(frozen=True)

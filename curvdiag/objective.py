@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from curvdiag.inspection import inspect_loss
 from curvdiag.parameters import Parameters, Selection
 from curvdiag.sandbox import Mode, sandbox, unwrap, with_tensors
 from curvdiag.weights import Weights
+
+if TYPE_CHECKING:
+    from curvdiag.spectrum.forecast import MeasurementPlan
 
 
 class Objective:
@@ -270,6 +273,21 @@ class Objective:
             return "the loss is finite and its gradient is not, summed over all batches"
 
         return self.inside(weights, look, twice=False)
+
+    def plan(self, quantity: str = "density", **options: Any) -> MeasurementPlan:
+        """What a density of this objective will take; :func:`curvdiag.spectrum.forecast.plan_density` has the options.
+
+        ``print(objective.plan(steps=80, probes=4, deflate=10))`` shows vectors, graphs, time and bytes before anything
+        of that size is made. It costs a few gradients of at most 32 samples.
+
+        Raises:
+            ArgumentError: Another quantity, or options that make no sense.
+        """
+        from curvdiag.spectrum.forecast import plan_density  # a room further on, entered only when asked
+
+        if quantity != "density":
+            raise ArgumentError(f"only a 'density' can be planned, not {quantity!r}; its products are most of the rest")
+        return plan_density(self, **options)
 
     def why(self) -> str:
         """Why single samples cannot be told apart, and what to do about it."""

@@ -49,6 +49,15 @@ class Weights:
         buffers = {name: buffer.clone() for name, buffer in self.buffers.items()}
         return {**self.fixed, **dict(zip(self.names, self.chosen, strict=True)), **buffers}
 
+    def rounded(self, dtype: torch.dtype) -> Weights:
+        """Copies of all of them in another floating-point type."""
+
+        def copy(tensor: Tensor) -> Tensor:
+            return tensor.detach().to(dtype if tensor.is_floating_point() else None, copy=True)
+
+        fixed, buffers = ({n: copy(t) for n, t in own.items()} for own in (self.fixed, self.buffers))
+        return Weights(tuple(copy(t).requires_grad_() for t in self.chosen), fixed, buffers, self.names)
+
     def replaced(self, chosen: Sequence[Tensor]) -> Weights:
         """The same picture with other values of the chosen parameters, as new leaves."""
         return Weights(tuple(t.detach().requires_grad_() for t in chosen), self.fixed, self.buffers, self.names)

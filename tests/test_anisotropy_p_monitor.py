@@ -63,7 +63,7 @@ def expected(a, low, high, p_max=6.0):
     return 2 + (p_max - 2) * min(max(math.log(a / low) / math.log(high / low), 0), 1)
 
 
-@pytest.mark.parametrize(("measure", "a_high"), [("effective_rank", None), ("top_ratio", 9.0)])
+@pytest.mark.parametrize(("measure", "a_high"), [("participation_ratio", None), ("top_ratio", 9.0)])
 def test_p_follows_what_the_monitor_measured_and_is_held_in_between(measure, a_high):
     training = Training()
     schedule = training.schedule(measure=measure, a_high=a_high)

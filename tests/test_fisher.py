@@ -35,7 +35,7 @@ def some_vectors(size: int) -> Tensor:
     return torch.randn(size, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("options", [{}, {"memory": 0}, {"micro_batch": 3}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"memory": 0, "micro_batch": 7}, {"micro_batch": 3}], ids=str)
 @pytest.mark.parametrize("net", ["mlp-tanh", "conv-batchnorm", "transformer-tied"])
 def test_it_is_the_expectation_over_all_labels(net: str, options: dict) -> None:
     model, (x, y) = make(net)

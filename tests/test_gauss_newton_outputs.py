@@ -18,7 +18,7 @@ from curvdiag import GaussNewton, Hessian, Objective
 from curvdiag.errors import LossError, SecondDerivativeError
 
 NETS = ["mlp-tanh", "mlp-relu", "conv-batchnorm", "transformer-tied", "lstm"]
-LAYOUTS = [{}, {"memory": 0}, {"micro_batch": 3}]
+LAYOUTS = [{}, {"memory": 0, "micro_batch": 7}, {"micro_batch": 3}]
 
 
 class Wrapped(nn.Module):

@@ -40,7 +40,7 @@ def covariance(rows: torch.Tensor) -> torch.Tensor:
     return centred.T @ centred / len(rows)
 
 
-@pytest.mark.parametrize("options", [{}, {"memory": 0}, {"micro_batch": 3}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"memory": 0, "micro_batch": 7}, {"micro_batch": 3}], ids=str)
 @pytest.mark.parametrize("net", NETS)
 def test_both_equal_their_definitions(net: str, options: dict) -> None:
     model, batch = make(net)

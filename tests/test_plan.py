@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +13,10 @@ from oracles import relative
 from torch import nn
 from torch.nn import functional as F
 
-from curvdiag import Hessian, Objective
-from curvdiag.data import sample_count
+from curvdiag import GaussNewton, Hessian, NoiseCovariance, Objective
+from curvdiag.data import merge, sample_count, tensors_of
+from curvdiag.errors import SecondDerivativeError
+from curvdiag.operators import gradient_graph, graphs
 from curvdiag.operators.gradient_graph import GradientGraph as Graph
 from curvdiag.operators.plan import GraphBytes, lay_out
 
@@ -96,22 +99,24 @@ def test_a_batch_that_does_not_fit_is_kept_in_part() -> None:
     assert relative(part @ vector, whole @ vector) < 1e-12
 
 
-@pytest.mark.parametrize("budget", [1, 100, 1000, 10_000])
+@pytest.mark.parametrize("budget", [0, 1, 100, 1000, 10_000])
 @pytest.mark.parametrize("regroup", [True, False])
 def test_every_sample_is_in_one_graph_and_the_kept_ones_fit(budget: int, regroup: bool) -> None:
     pieces = [images(n) for n in (32, 32, 7, 1)]
     size = GraphBytes(20.0, 10.0)
-    plan, kept, rebuilt = lay_out(pieces, size, budget, regroup=regroup)
-    assert sum(map(sample_count, kept)) + sum(map(sample_count, rebuilt)) == 72
+    plan, kept, rebuilt = lay_out(pieces, size, budget, 10**6, regroup=regroup)
+    again = [merge(group) for group in rebuilt]
+    assert sum(map(sample_count, kept)) + sum(map(sample_count, again)) == 72
+    assert plan.rebuilt == tuple(map(sample_count, again))
     assert sum(size(sample_count(batch)) for batch in kept) <= budget
     assert plan.kept == tuple(map(sample_count, kept))
-    rows = torch.cat([batch[0] for batch in (*kept, *rebuilt)])
+    rows = torch.cat([batch[0] for batch in (*kept, *again)])
     assert sorted(rows[:, 0].tolist()) == sorted(torch.cat([piece[0] for piece in pieces])[:, 0].tolist())
 
 
 def test_more_memory_never_keeps_less() -> None:
     pieces = [images(n) for n in (32, 32, 7, 1)]
-    kept = [sum(lay_out(pieces, GraphBytes(20.0, 10.0), b, regroup=True)[0].kept) for b in range(0, 1000, 10)]
+    kept = [sum(lay_out(pieces, GraphBytes(20.0, 10.0), b, 0, regroup=True)[0].kept) for b in range(0, 1000, 10)]
     assert all(later >= earlier for earlier, later in pairwise(kept))
     assert kept[-1] == 72
 
@@ -134,3 +139,92 @@ def test_one_rebuilt_graph_is_alive_at_a_time() -> None:
         Graph._build = build  # type: ignore[method-assign]
     assert len(alive) > 2
     assert max(alive) == 0
+
+
+def small_batches(count: int, samples: int) -> tuple[nn.Module, list[tuple[torch.Tensor, torch.Tensor]]]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 64), nn.Tanh(), nn.Linear(64, 3)).double()
+    return model, [(x.double(), y) for x, y in (images(samples) for _ in range(count))]
+
+
+@pytest.mark.parametrize("kind", [Hessian, GaussNewton, NoiseCovariance])
+def test_rebuilt_batches_are_merged_within_an_eighth_of_what_is_free(
+    kind: type[Hessian], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batches = small_batches(12, 16)
+    whole = kind(Objective(model, F.cross_entropy, batches))
+    assert whole.plan is not None
+    each = whole.plan.bytes_kept / sum(whole.plan.kept)
+    vectors = torch.randn(whole.size, 3, dtype=torch.float64)
+    for samples, groups in ((40, (32,) * 6), (100, (96, 96)), (192, (192,)), (1, (16,) * 12)):
+        monkeypatch.setattr(graphs, "free_bytes", lambda device, samples=samples: int(8.5 * samples * each))
+        op = kind(Objective(model, F.cross_entropy, batches), memory=0)
+        assert op.plan is not None
+        assert (op.plan.kept, op.plan.rebuilt) == ((), groups)
+        assert relative(op @ vectors, whole @ vectors) < 1e-12
+
+
+def test_the_users_cut_and_batches_that_differ_are_not_merged() -> None:
+    model, batches = small_batches(4, 16)
+    cut = Hessian(Objective(model, F.cross_entropy, batches), memory=0, micro_batch=16).plan
+    assert cut is not None
+    assert cut.rebuilt == (16,) * 4
+    texts = Hessian(Objective(Text(), F.cross_entropy, [text(4, n) for n in (8, 16, 8, 16)]), memory=0).plan
+    assert texts is not None
+    assert texts.rebuilt == (8, 8)
+
+
+def test_no_copy_of_merged_batches_stays_between_products() -> None:
+    model, batches = small_batches(4, 16)
+    objective = Objective(model, F.cross_entropy, batches)
+    op = Hessian(objective, memory=0)
+    assert op.plan is not None
+    assert op.plan.rebuilt == (64,)
+    op @ torch.ones(op.size, dtype=op.dtype)
+    storages = {x.untyped_storage().data_ptr() for x in tensors_of(objective.batches)}
+    assert {x.untyped_storage().data_ptr() for x in tensors_of(op._engine.rebuilt)} <= storages  # type: ignore[union-attr]
+
+
+def test_what_little_memory_leaves_over_is_merged_up_to_its_share_of_it() -> None:
+    pieces = [images(2) for _ in range(100)]
+    plan, _, _ = lay_out(pieces, GraphBytes(0.0, 10.0), 800, 10**6, regroup=True)
+    assert plan.kept == (70,)
+    assert set(plan.rebuilt) == {10}
+
+
+@pytest.mark.parametrize(("samples", "checked"), [(64, 8), (2, 1), (1, 1)])
+def test_the_symmetry_is_checked_once_on_a_few_samples(
+    samples: int, checked: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    check = gradient_graph.check_symmetry
+
+    def recorded(objective: Objective, dtype: torch.dtype | None, product: Any) -> bool:
+        seen.append(sample_count(product.__self__.batch))
+        return check(objective, dtype, product)
+
+    monkeypatch.setattr(gradient_graph, "check_symmetry", recorded)
+    model, batches = small_batches(1, samples)
+    objective = Objective(model, F.cross_entropy, batches)
+    Hessian(objective) @ torch.ones(objective.parameters.size, dtype=torch.float64)
+    Hessian(objective, memory=0)
+    assert seen == [checked]
+
+
+def rolled(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Losses whose gradient is made one that is none of any function."""
+    x = model(batch[0]).clone()
+    if x.requires_grad:
+        x.register_hook(lambda slope: slope * x.roll(1, -1))
+    return F.cross_entropy(x, batch[1], reduction="none")
+
+
+@pytest.mark.parametrize("empty", [0, 32])
+def test_samples_without_curvature_are_no_proof_of_symmetry(empty: int) -> None:
+    torch.manual_seed(0)
+    x, y = images(64)
+    x[:empty] = 0
+    objective = Objective.from_loss(nn.Linear(6, 3, bias=False), rolled, (x, y))
+    assert objective.can_regroup
+    with pytest.raises(SecondDerivativeError, match="not symmetric"):
+        Hessian(objective)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from curvdiag import CurvatureMonitor, CurvdiagWarning, Hessian, Objective, top_eigenpairs
 from curvdiag.errors import ArgumentError
-from curvdiag.monitor import quantities
+from curvdiag.monitor import warm
 from curvdiag.optim import LPSGDM
 
 pytestmark = pytest.mark.filterwarnings("ignore:measuring every")
@@ -172,7 +172,7 @@ def test_it_is_in_the_precision_of_the_hessian():
 
 
 def test_one_that_has_not_converged_is_noted(monkeypatch):
-    monkeypatch.setattr(quantities, "top_eigenpairs", functools.partial(top_eigenpairs, max_matvecs=3))
+    monkeypatch.setattr(warm, "top_eigenpairs", functools.partial(top_eigenpairs, max_matvecs=3))
     training = Training(CASES["own"][0])
     training.monitor.attach(training.optimizer)
     training.step()

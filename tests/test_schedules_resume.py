@@ -98,7 +98,7 @@ def chained(run):
 SCHEDULES = {
     "cosine": lambda run: CosineP(run.optimizer, STEPS),
     "anisotropy": follow(smoothing=0.7, monotone="up"),
-    "first as a_high": follow(measure="stable_rank", a_high=None),
+    "first as a_high": follow(measure="participation_ratio", a_high=None),
     "by layer": follow(per_layer=True, a_high=2.0),
     "a function": by_hand,
     "chained": chained,

@@ -17,7 +17,9 @@ def objective(net: str = "conv-batchnorm") -> Objective:
     return Objective(model, nn.CrossEntropyLoss(), cut(batch, (7, 3)))
 
 
-@pytest.mark.parametrize("options", [{}, {"memory": 0}, {"micro_batch": 3}, {"dtype": torch.float32}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"memory": 0, "micro_batch": 7}, {"micro_batch": 3}, {"dtype": torch.float32}], ids=str
+)
 def test_products_are_the_same_on_borrowed_graphs(options: dict) -> None:
     problem = objective()
     hessian = Hessian(problem, **options)

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from curvdiag.errors import ArgumentError
 from curvdiag.monitor.quantities import QUANTITIES, Scalars, Workbench
 from curvdiag.monitor.settings import Settings
+from curvdiag.monitor.warm import WarmStarts
 from curvdiag.objective import Objective
 from curvdiag.results import Result
 from curvdiag.spectrum import SpectralDensity
@@ -66,11 +67,17 @@ class Found:
 
 
 def measure(
-    objective: Objective, settings: Settings, *, strict: bool = False, optimizer: Optimizer | None = None
+    objective: Objective,
+    settings: Settings,
+    *,
+    strict: bool = False,
+    optimizer: Optimizer | None = None,
+    warm: WarmStarts | None = None,
 ) -> Found:
     """Measure the quantities of the settings; one that fails does not take the others with it.
 
-    The ``optimizer`` is that of the training, for what depends on its steps.
+    The ``optimizer`` is that of the training, for what depends on its steps; ``warm`` is what earlier measurements left
+    for this one, and takes what it leaves for the next.
 
     Raises:
         Exception: With ``strict`` the first failure; without it the first where nothing succeeded.
@@ -79,7 +86,7 @@ def measure(
     if obstacle is not None and settings.preset is None:
         raise obstacle
     names = settings.quantities if obstacle is None else settings.without_noise()
-    work = Workbench(objective, settings, names, optimizer)
+    work = Workbench(objective, settings, names, optimizer, warm)
     unreached = work.hessian.unreached if set(names) != {"noise_trace"} else []  # fails once for all that need it
     failures: dict[str, Exception] = {}
     for name in names:

@@ -22,6 +22,7 @@ from curvdiag.monitor.recorder import Recorder
 from curvdiag.monitor.scaling import require_scaling
 from curvdiag.monitor.settings import Preset, Settings
 from curvdiag.monitor.training import numbers_in, optimizer_scalars, synchronize
+from curvdiag.monitor.warm import WarmStarts
 from curvdiag.objective import Objective
 from curvdiag.record import Run, RunStore
 
@@ -91,6 +92,11 @@ class CurvatureMonitor(Follower):
         steps_per_epoch: To record epochs without calls of :meth:`epoch`.
         strict: Raise what goes wrong instead of recording it.
         hessian: Further arguments of :class:`~curvdiag.operators.Hessian`.
+        warm: Where no density is measured, look for ``lambda_max``, and always for the preconditioned one, from the
+            eigenvector of the last measurement, at about two thirds of the products: one more vector each. The first
+            measurement after a resume is a cold one, so its value may differ within ``tol``; a monitor that a schedule
+            follows measures cold, so that a resumed run takes the same steps. Where a function hands the measurements
+            to a schedule, give ``warm=False``.
 
     Raises:
         ArgumentError: Arguments that mean nothing, or ``preset`` and ``measure`` together.
@@ -120,6 +126,7 @@ class CurvatureMonitor(Follower):
         steps_per_epoch: float | None = None,
         strict: bool = False,
         hessian: Mapping[str, Any] | None = None,
+        warm: bool = True,
     ) -> None:
         if every is not None and cadence is not None:
             raise ArgumentError("give every= or cadence=, not both")
@@ -136,6 +143,7 @@ class CurvatureMonitor(Follower):
         self.history: list[Measurement] = []
         self.recorded: list[tuple[int, dict[str, float]]] = []
         self._price = Price(objective, self.clock)
+        self._warm = WarmStarts(warm)
         self._config = dict(config or {})
         self._warned: set[str] = set()
         self._recorder = Recorder(store, name, self._description, strict=strict, warn=self._warn)
@@ -165,8 +173,9 @@ class CurvatureMonitor(Follower):
         with self.clock.measuring_time():
             try:
                 measurement = self._measure()
-            except Exception as error:
-                if self.strict:
+            except BaseException as error:
+                self._warm.forget()
+                if self.strict or not isinstance(error, Exception):
                     raise
                 self._failed("measurement", error)
         if measurement is not None:
@@ -174,10 +183,17 @@ class CurvatureMonitor(Follower):
             self._warn_of_price()
         return measurement
 
+    def measure_cold(self) -> None:
+        """From now on start each search from the same random vector, so that equal weights give equal numbers."""
+        self._warm = WarmStarts(enabled=False)
+
     def _measure(self) -> Measurement:
         started, gradient = time.perf_counter(), self._price.gradient_seconds
-        with torch.inference_mode(False):
-            found = measure(self.objective, self.settings, strict=self.strict, optimizer=self._optimizer)
+        # The autocast of the training would also round the vectors of Lanczos.
+        with torch.inference_mode(False), torch.autocast(self.objective.device.type, enabled=False):
+            found = measure(
+                self.objective, self.settings, strict=self.strict, optimizer=self._optimizer, warm=self._warm
+            )
         synchronize(self.objective.device)
         seconds = time.perf_counter() - started
         scalars, notes = found.scalars, found.notes
@@ -317,6 +333,7 @@ class CurvatureMonitor(Follower):
         if state["cadence"] is not None and hasattr(self.cadence, "load_state_dict"):
             self.cadence.load_state_dict(state["cadence"])
         self._recorder.load_state_dict(state, self.steps_done)
+        self._warm.forget()
 
     def __repr__(self) -> str:
         what = self.settings.preset or list(self.settings.quantities)

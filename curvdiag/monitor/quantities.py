@@ -13,6 +13,7 @@ from curvdiag.errors import ArgumentError
 from curvdiag.estimate import Estimate
 from curvdiag.monitor.scaling import optimizer_scaling
 from curvdiag.monitor.settings import Settings
+from curvdiag.monitor.warm import WarmStarts
 from curvdiag.noise.cwgd import DiagonalCWGD, cwgd
 from curvdiag.noise.moments import GradientMoments, gradient_moments
 from curvdiag.noise.noise_scale import NoiseScale, noise_scale
@@ -22,10 +23,12 @@ from curvdiag.scaling.alignment import alignment
 from curvdiag.spectrum import (
     Anisotropy,
     Eigenpairs,
+    LayerSpectra,
     SpectralDensity,
+    SpectrumMeasurement,
     anisotropy,
-    spectral_density,
-    top_eigenpairs,
+    layer_spectra,
+    measure_spectrum,
     trace,
 )
 
@@ -33,6 +36,9 @@ Scalars = dict[str, Estimate | float]
 
 LAYER_STEPS = 20
 """Lanczos steps for the density of one layer: its trace and outliers, at a price that many layers allow."""
+
+PAIRS = 5
+"""Largest eigenpairs that are found with a density: what ``top_ratio`` takes, and deflated they sharpen the rest."""
 
 STARTS = 8
 """Random-sign sums for ``tr(H C)``: one product each."""
@@ -62,14 +68,14 @@ class Workbench:
         settings: Settings,
         quantities: tuple[str, ...],
         optimizer: Optimizer | None = None,
+        warm: WarmStarts | None = None,
     ) -> None:
         self.objective, self.settings, self.quantities = objective, settings, quantities
         self.optimizer = optimizer
+        self.warm = WarmStarts(enabled=False) if warm is None else warm
         self.scalars: Scalars = {}
         self.densities: dict[tuple[str, str], SpectralDensity] = {}
         self.notes: list[str] = []
-        self._blocks: list[Hessian] = []
-        self._layers: dict[str, tuple[Eigenpairs, SpectralDensity]] = {}
 
     @cached_property
     def hessian(self) -> Hessian:
@@ -80,47 +86,57 @@ class Workbench:
         """C on the graphs of H."""
         return NoiseCovariance(self.objective, graphs=self.hessian)
 
-    def block(self, names: list[str]) -> Hessian:
-        """The Hessian of one layer, on the same graphs."""
-        inside = frozenset(names)
-        self._blocks.append(self.hessian.block(lambda name, _: name in inside))
-        return self._blocks[-1]
-
-    def layer(self, layer: str) -> tuple[Eigenpairs, SpectralDensity]:
-        """The top eigenpair and the density of one layer's block."""
-        if layer not in self._layers:
-            settings, block = self.settings, self.block(self.objective.parameters.layers()[layer])
-            steps = min(LAYER_STEPS, settings.steps)
-            top = top_eigenpairs(block, 1, tol=settings.tol, seed=settings.seed)
-            if not bool(top.converged[0]):
-                self.notes.append(f"lambda_max of {layer} has not converged after {top.matvecs} products")
-            density = spectral_density(block, steps=steps, probes=settings.probes, seed=settings.seed)
-            self._layers[layer] = top, density
-        return self._layers[layer]
+    @cached_property
+    def layers(self) -> LayerSpectra:
+        """Density and largest eigenvalue of each layer, on the same graphs."""
+        settings = self.settings
+        found = layer_spectra(
+            self.hessian,
+            steps=min(LAYER_STEPS, settings.steps),
+            probes=settings.probes,
+            tol=settings.tol,
+            seed=settings.seed,
+        )
+        for name, layer in found.layers.items():
+            if not layer.converged:
+                short = f"residual {layer.residual:.3g} after {layer.matvecs} products"
+                self.notes.append(f"lambda_max of {name} has not converged: {short}")
+        return found
 
     @property
     def matvecs(self) -> int:
         """Products so far, with H, with its blocks and with C."""
-        made = [vars(self).get("hessian"), vars(self).get("covariance"), *self._blocks]
-        return sum(operator.cost.matvecs for operator in made if operator is not None)
+        made, layers = [vars(self).get("hessian"), vars(self).get("covariance")], vars(self).get("layers")
+        spent = 0 if layers is None else layers.matvecs
+        return spent + sum(operator.cost.matvecs for operator in made if operator is not None)
+
+    @cached_property
+    def spectrum(self) -> SpectrumMeasurement:
+        """The largest eigenpairs and the density, from products that are made once; its start is a cold one."""
+        settings = self.settings
+        found = measure_spectrum(
+            self.hessian, PAIRS, steps=settings.steps, probes=settings.probes, tol=settings.tol, seed=settings.seed
+        )
+        if found.density.note:
+            self.notes.append(found.density.note)
+        return found
 
     @cached_property
     def top(self) -> Eigenpairs:
-        settings, count = self.settings, 5 if "anisotropy" in self.quantities else 1
-        top = top_eigenpairs(self.hessian, min(count, self.hessian.size), tol=settings.tol, seed=settings.seed)
+        settings = self.settings
+        if {"density", "anisotropy"} & set(self.quantities):
+            top = self.spectrum.eigenpairs
+        else:
+            top = self.warm.largest("hessian", self.hessian, self.objective, tol=settings.tol, seed=settings.seed)
         if not bool(top.converged[0]):
             self.notes.append(
                 f"lambda_max has not converged: residual {float(top.residuals[0]):.3g} after {top.matvecs} products"
             )
         return top
 
-    @cached_property
+    @property
     def density(self) -> SpectralDensity:
-        settings = self.settings
-        density = spectral_density(self.hessian, steps=settings.steps, probes=settings.probes, seed=settings.seed)
-        if density.note:
-            self.notes.append(density.note)
-        return density
+        return self.spectrum.density
 
     @cached_property
     def moments(self) -> GradientMoments:
@@ -178,18 +194,16 @@ def _record_measures(work: Workbench, room: str, found: Anisotropy) -> None:
 
 
 def _layers(work: Workbench) -> None:
-    for layer in work.objective.parameters.layers():
-        top, density = work.layer(layer)
-        work.scalars[f"curv/layer/{layer}/lambda_max"] = float(top.values[0])
-        work.scalars[f"curv/layer/{layer}/trace"] = density.trace()
-        work.densities["hessian", layer] = density
+    for name, layer in work.layers.layers.items():
+        work.scalars[f"curv/layer/{name}/lambda_max"] = layer.lambda_max
+        work.scalars[f"curv/layer/{name}/trace"] = layer.trace
+        work.densities["hessian", name] = layer.density
 
 
 def _layer_anisotropy(work: Workbench) -> None:
-    """One eigenpair sharpens ``lambda_max``; ``top_ratio``, which takes five, is left out."""
-    for layer in work.objective.parameters.layers():
-        top, density = work.layer(layer)
-        _record_measures(work, f"curv/layer/{layer}/anisotropy", anisotropy(density, top))
+    """One eigenvalue sharpens ``lambda_max``; ``top_ratio``, which takes five, is left out."""
+    for name, layer in work.layers.layers.items():
+        _record_measures(work, f"curv/layer/{name}/anisotropy", anisotropy(layer.density, layer.top))
 
 
 def _preconditioned_lambda_max(work: Workbench) -> None:
@@ -202,7 +216,8 @@ def _preconditioned_lambda_max(work: Workbench) -> None:
     root = scaling.inverse_root(torch.promote_types(work.hessian.dtype, torch.float32))
     if not bool(root.any()):
         return  # a note says why
-    top = top_eigenpairs(Scaled(work.hessian, root), 1, tol=settings.tol, seed=settings.seed)
+    scaled = Scaled(work.hessian, root)
+    top = work.warm.largest("preconditioned", scaled, work.objective, tol=settings.tol, seed=settings.seed)
     if not bool(top.converged[0]):
         work.notes.append(
             f"preconditioned_lambda_max has not converged: residual {float(top.residuals[0]):.3g} after "

@@ -33,10 +33,13 @@ class Settings:
         preset: A set of quantities, ``"standard"`` if neither it nor ``measure`` is given. ``"light"``: top eigenvalue
             and trace. ``"standard"``: density and anisotropy as well. ``"full"``: each layer and gradient noise as
             well. None where ``measure`` is given.
-        steps, probes: Of the density; CWGD takes as many steps, and its diagonal form as many probes. Published for
-            that are about 20: with few, what the noise of the probes made up is in the notes.
+        steps, probes: Of the density, which takes ``steps * probes`` products. The search for the five largest
+            eigenpairs before it goes on while what it finds for the density pays, up to about ``steps`` more.
+            CWGD takes as many steps, and its diagonal form as many probes. Published for that are about 20: with few,
+            what the noise of the probes made up is in the notes.
         tol: Relative residual at which the top eigenvalue is taken, the preconditioned one and those of layers as well.
         seed: Of the probes, the same at each measurement, so that curves show the model's change and not the probes'.
+            What a warm start is mixed with has the seed that many further.
         hessian: Further arguments of :class:`~curvdiag.operators.Hessian`.
         measure: Single quantities instead of a preset; those of :data:`ONLY_BY_NAME` are in none.
         quantities: What is measured, in order.
@@ -82,6 +85,10 @@ class Settings:
         if self.hessian.get("method") == "finite-difference":
             return ArgumentError(
                 f"{wanted} the graphs of the exact Hessian: leave method='finite-difference' out of hessian="
+            )
+        if (precision := self.hessian.get("precision", "full")) != "full":
+            return ArgumentError(
+                f"{wanted} the graphs of the Hessian in full precision: leave precision={precision!r} out of hessian="
             )
         return None
 

@@ -17,7 +17,8 @@ from curvdiag.memory import free_bytes
 from curvdiag.noise.cwgd_result import FRACTION, FullCWGD
 from curvdiag.noise.jackknife import ratio_of_means
 from curvdiag.operators.base import linear_map
-from curvdiag.spectrum.lanczos import Progress, Tridiagonal, lanczos, row_dots
+from curvdiag.spectrum.lanczos import Progress, Tridiagonal, lanczos
+from curvdiag.spectrum.vectors import row_dots
 
 # Shorter quadratures, from half the steps on, that must agree with the whole one.
 LENGTHS = 8

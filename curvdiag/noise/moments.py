@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from curvdiag.errors import NonFiniteError
+from curvdiag.modes import outside_modes
 from curvdiag.objective import Objective
 from curvdiag.results import Result
 from curvdiag.samples.streaming import all_totals, require_samples, result_dtype
 from curvdiag.samples.totals import Totals
-from curvdiag.spectrum.lanczos import row_dots
+from curvdiag.spectrum.vectors import row_dots
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class GradientMoments(Result):
         return "\n".join(lines)
 
 
+@outside_modes
 def gradient_moments(objective: Objective, *, dtype: torch.dtype | None = None) -> GradientMoments:
     """Mean, diagonal of the covariance, its trace, and norms of per-sample gradients at the present weights.
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from curvdiag.errors import ArgumentError, NonFiniteError
 from curvdiag.estimate import Estimate
+from curvdiag.modes import outside_modes
 from curvdiag.noise.jackknife import jackknife
 from curvdiag.noise.moments import GradientMoments, gradient_moments
 from curvdiag.noise.sample_products import SampleProducts, sample_products
@@ -23,7 +24,7 @@ from curvdiag.operators.base import linear_map
 from curvdiag.operators.hessian import Hessian
 from curvdiag.results import Result
 from curvdiag.seeds import Seed
-from curvdiag.spectrum.lanczos import NON_FINITE, product, row_dots, working_dtype
+from curvdiag.spectrum.vectors import NON_FINITE, product, row_dots, working_dtype
 
 # Share of g^T H g that may be noise of the mean gradient before a note says so.
 MUCH = 0.1
@@ -128,6 +129,7 @@ class NoiseScale(Result):
         return "\n".join(lines + [f"  note: {note}" for note in self.notes])
 
 
+@outside_modes
 def noise_scale(
     objective: Objective,
     *,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from curvdiag.errors import ArgumentError
 from curvdiag.estimate import Estimate
-from curvdiag.spectrum.lanczos import row_dots
+from curvdiag.spectrum.vectors import row_dots
 
 Accumulation = Literal["mean", "sum", "samples"]
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from curvdiag.data import sample_count
 from curvdiag.errors import ArgumentError
 from curvdiag.noise.moments import GradientMoments, gradient_moments
 from curvdiag.objective import Objective
@@ -66,7 +67,9 @@ def sample_products(
         ArgumentError: The moments are not of this objective at these weights.
     """
     moments = moments or gradient_moments(objective, dtype=dtype)
-    # Without kept graphs the engine takes the batches in their own order, which is that of the norms.
+    # Cut as they come, and not merged by shape, the batches keep their own order, which is that of the norms.
+    if micro_batch is None and objective.can_regroup:
+        micro_batch = max(map(sample_count, objective.batches))
     matrix = EmpiricalFisher(objective, dtype=dtype, memory=0, micro_batch=micro_batch)
     if moments.mean.shape != (matrix.size,):
         raise ArgumentError(f"moments= are of {len(moments.mean):,} parameters, and this objective has {matrix.size:,}")

@@ -107,6 +107,10 @@ class FiniteDifferenceEngine:
             products.append(torch.cat([product[part] for part in inside]))
         return torch.stack(products)
 
+    def multiply_blocks(self, rows: Sequence[Tensor], positions: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Products of several diagonal blocks, one after the other: there is no graph to share."""
+        return [self.multiply(part, inside) for part, inside in zip(rows, positions, strict=True)]
+
     def product(self, vector: Tensor, precision: float | None = None, fraction: float = 1.0) -> Tensor:
         """One product ``[P]``, at a fraction of the step that suits ``precision``."""
         step = fraction * (precision or self.precision) ** (1 / 3) * self._reach(vector)

@@ -2,18 +2,23 @@
 
 It is the gradient of ``sum_i s_i t_i / total_weight`` in the weights, where ``s`` holds one weight for each sample
 (all ones). Its derivative in the weights along ``v`` is the Hessian product; its derivative in ``s`` is
-``v . grad t_i``, the product with the matrix of per-sample gradients. Both come out of one backward pass.
+``v . grad t_i``, the product with the matrix of per-sample gradients. Both come out of one backward pass. Its
+derivative in the gradient ``u`` of the loss in the model's outputs is ``J v``, so that products with the Gauss-Newton
+matrix need no other graph.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from curvdiag.operators.kept_graph import KeptGraph, watched_hooks
+from curvdiag.operators.kept_graph import watched_hooks
+from curvdiag.operators.output_products import OutputProducts
+from curvdiag.operators.outputs import Outputs, caught_outputs, check_only_way
 from curvdiag.operators.second_derivative import (
     check_against_differences,
     check_nodes,
@@ -22,13 +27,15 @@ from curvdiag.operators.second_derivative import (
 )
 
 
-class GradientGraph(KeptGraph):
+class GradientGraph(OutputProducts):
     """The gradient of one group of samples as a function of weights and sample weights; its matrix is the Hessian."""
+
+    way_checked = False
 
     def _build(self, live: Mapping[str, Tensor]) -> None:
         self.cleared: set[int] = set()
         self.suspicious = False
-        with watched_hooks() as hooks:
+        with watched_hooks() as hooks, caught_outputs(self.objective.model, None, must=False) as outputs:
             totals = self.objective.totals(self.batch, self.dtype)
         self.recomputes = bool(hooks)
         self.sample_weights = torch.ones_like(totals, requires_grad=True)
@@ -36,49 +43,79 @@ class GradientGraph(KeptGraph):
         if not self.checked:
             rerun = lambda: self.objective.totals(self.batch, self.dtype)  # noqa: E731
             self.suspicious = check_nodes(self.objective, loss, live, rerun)
-        gradients = torch.autograd.grad(loss, self.weights.chosen, create_graph=True, allow_unused=True)
+        gradients = self._gradients(loss, outputs)
         if not self.checked:
             self._check_finite(loss, gradients)
             self._check_constant(gradients)
         self._take_edges(gradients)
         self.totals = get_gradient_edge(totals) if totals.requires_grad else None
 
+    def _gradients(self, loss: Tensor, outputs: Outputs) -> tuple[Tensor | None, ...]:
+        """The gradient by parameter, as a graph; where it passes the model's outputs is noted."""
+        self.outputs, self.output = outputs, outputs.edge if outputs.calls == 1 else None
+        if outputs.value is not None:
+            self.shape = outputs.value = outputs.value.new_empty(outputs.value.shape, device="meta")
+        wanted: tuple[Any, ...] = (*self.weights.chosen, *(() if self.output is None else (self.output,)))
+        gradients = torch.autograd.grad(loss, wanted, create_graph=True, allow_unused=True)
+        slope = None if self.output is None else gradients[-1]
+        self.entry = self.slope = None if slope is None or not slope.requires_grad else get_gradient_edge(slope)
+        return gradients[: len(self.weights.chosen)]
+
     def _verify(self) -> None:
         if self.suspicious:
             check_against_differences(self.objective, self.weights, self.batch, self.dtype, self.whole)
         if not self.objective.__dict__.get("_symmetric"):
-            check_symmetry(self.objective, self.dtype, self.whole)
-            self.objective.__dict__["_symmetric"] = True
+            self.objective.__dict__["_symmetric"] = check_symmetry(self.objective, self.dtype, self.whole)
 
     def _check_constant(self, gradients: Sequence[Tensor | None]) -> None:
         """The gradient is constant only in parameters whose second derivative is truly zero."""
         constant = [i for i, g in enumerate(gradients) if g is not None and not g.requires_grad and self.nonzero[i]]
         check_truly_zero(self.objective, self.weights, [self.batch], constant, self.dtype)
 
-    def multiply(self, vectors: Sequence[Tensor], positions: Sequence[int], *, keep: bool) -> list[Tensor | None]:
+    def multiply(
+        self, vectors: Sequence[Tensor], positions: Sequence[int], *, keep: bool, batched: bool = False
+    ) -> list[Tensor | None]:
         """The Hessian's rows at ``positions`` times a vector that is zero elsewhere; None is zero."""
         terms = self._terms(vectors, positions)
         leaves = [self.weights.chosen[i] for i in positions]
         if not terms:
             return [None] * len(positions)
-        products = self._backward(terms, leaves, keep=keep or not self.checked)
+        products = self._backward(terms, leaves, keep=keep or not self.checked, batched=batched)
         if not self.checked:
             self._check_missing([i for i, product in zip(positions, products, strict=True) if product is None])
             self.checked = len(positions) == len(self.edges)
         return list(products)
 
-    def along(self, vectors: Sequence[Tensor], positions: Sequence[int], *, keep: bool) -> Tensor:
-        """Derivative ``[B]`` of each sample's share of the objective: ``v . grad t_i / total_weight``."""
-        terms = self._terms(vectors, positions)
-        dots = self._backward(terms, [self.sample_weights], keep=keep)[0] if terms else None
-        return torch.zeros_like(self.sample_weights) if dots is None else dots
+    def gauss_newton(
+        self, vectors: Sequence[Tensor], positions: Sequence[int], *, keep: bool, batched: bool = False
+    ) -> list[Tensor | None]:
+        """The same with the Gauss-Newton matrix, the Hessian of the loss in the outputs taken by differentiation.
 
-    def gather(self, coefficients: Tensor, positions: Sequence[int], *, keep: bool) -> list[Tensor | None]:
+        Raises:
+            LossError: The outputs cannot be found, or are not the only way from the parameters to the loss.
+        """
+        if not self.way_checked:
+            self.outputs.single()
+            self.custom = check_only_way(self.totals, self.output, self.weights)
+            self._check_outputs(GradientGraph)
+            self.way_checked = True
+        return self.through_outputs(vectors, positions, keep=keep, batched=batched)
+
+    def along(
+        self, vectors: Sequence[Tensor], positions: Sequence[int], *, keep: bool, batched: bool = False
+    ) -> Tensor | None:
+        """Derivative ``[B]`` of each sample's share of the objective: ``v . grad t_i / total_weight``; None is zero."""
+        terms = self._terms(vectors, positions)
+        return self._backward(terms, [self.sample_weights], keep=keep, batched=batched)[0] if terms else None
+
+    def gather(
+        self, coefficients: Tensor, positions: Sequence[int], *, keep: bool, batched: bool = False
+    ) -> list[Tensor | None]:
         """``sum_i c_i grad t_i`` over the parameters at ``positions``, for coefficients ``[B]``; None is zero."""
         if self.totals is None:
             return [None] * len(positions)
         leaves = [self.weights.chosen[i] for i in positions]
-        return list(self._backward([(self.totals, coefficients)], leaves, keep=keep))
+        return list(self._backward([(self.totals, coefficients)], leaves, keep=keep, batched=batched))
 
     def _check_missing(self, positions: Sequence[int]) -> None:
         """Parameters that a product did not reach: does any second derivative, if they have a gradient?"""

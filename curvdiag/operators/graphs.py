@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from curvdiag.data import Batch
+from curvdiag.data import Batch, merge, sample_count
 from curvdiag.memory import free_bytes
 from curvdiag.objective import Objective
+from curvdiag.operators.batched import Batched, Batching, Parts
 from curvdiag.operators.gradient_graph import GradientGraph
 from curvdiag.operators.kept_graph import KeptGraph
-from curvdiag.operators.plan import GraphBytes, foretell, lay_out
+from curvdiag.operators.plan import (
+    SHARE,
+    GraphBytes,
+    alike_pieces,
+    calibration,
+    first_samples,
+    foretell,
+    largest,
+    lay_out,
+    with_merged,
+)
+from curvdiag.operators.precision import Multiplication, multiplication
+from curvdiag.operators.traced_graph import TracedGraphs
+from curvdiag.parameters import Parameters
 from curvdiag.sandbox import numerics
 from curvdiag.weights import Weights
 
@@ -26,6 +40,8 @@ class GraphEngine(Generic[G]):
 
     Args:
         build: Builds the graph of one group of samples: a class of graphs, or a partial call of one.
+        batched: Whether several vectors share a backward pass.
+        multiply_in: How CUDA devices do matrix products of float32; as the process is set up by default.
     """
 
     def __init__(
@@ -36,30 +52,48 @@ class GraphEngine(Generic[G]):
         memory: int | None,
         micro_batch: int | None,
         build: Callable[..., G] = GradientGraph,  # type: ignore[assignment]
+        batched: Batched = "auto",
+        multiply_in: Multiplication | None = None,
     ) -> None:
         self.objective, self.weights, self.dtype, self.build = objective, weights, dtype, build
-        self.graphs_built = 0
+        self.graphs_built, self.multiply_in = 0, multiply_in
         pieces = list(objective.micro_batches(micro_batch))
-        budget = free_bytes(objective.device) // 2 if memory is None else memory
-        size = self._graph_bytes(pieces) if budget > 0 else GraphBytes(0.0, 0.0)
+        free = free_bytes(objective.device)
+        budget = free // 2 if memory is None else memory
         regroup = micro_batch is None and objective.can_regroup
-        self.plan, kept, self.rebuilt = lay_out(pieces, size, budget, regroup=regroup)
-        self.trusted = [False] * len(self.rebuilt)
+        if budget > 0 or (regroup and len(alike_pieces(pieces)) < len(pieces)):
+            size = self._graph_bytes(pieces, budget or free // SHARE, regroup)
+        else:
+            size = GraphBytes(0.0, 0.0)  # nothing depends on it
+        size = with_merged(size, pieces) if regroup else size
+        self.plan, kept, self.rebuilt = lay_out(pieces, size, budget, free, regroup=regroup)
+        self.batching = Batching(objective, batched, self._layout())
+        self.trusted: list[set[int]] = [set() for _ in self.rebuilt]  # parameters whose products have been checked
         self.reached = [False] * len(weights.chosen)
         self.kept = [self._graph(batch) for batch in kept]
         self.unvisited = bool(self.rebuilt)
 
-    def _graph_bytes(self, pieces: Sequence[Batch]) -> GraphBytes:
+    def _graph_bytes(self, pieces: Sequence[Batch], budget: int, regroup: bool) -> GraphBytes:
+        if isinstance(self.build, TracedGraphs):  # whose shapes are known without building any
+            return self.build.graph_bytes(self.objective, self.weights, pieces, self.dtype, budget, regroup=regroup)
         cache: dict[Any, GraphBytes] = self.objective.__dict__.setdefault("_graph_bytes", {})
         kind = self.kind, self.dtype
         if kind not in cache:
+            piece, cut = largest(pieces), self.objective.can_regroup
+            count, few = sample_count(piece), calibration(sample_count(piece), cut=cut)[0]
+            if few < count:  # what is checked once for an objective: few samples tell, and counting makes it slow
+                self.build(self.objective, self.weights, first_samples(piece, few), self.dtype)
 
             def build(batch: Batch) -> G:
-                return self.build(self.objective, self.weights, batch, self.dtype)
+                return self.build(self.objective, self.weights, batch, self.dtype, trusted=few < count)
 
-            own = list(self.weights.tensors().values())
-            cache[kind] = foretell(pieces, build, own, cut=self.objective.can_regroup)
+            cache[kind] = foretell(pieces, build, cut=cut)
         return cache[kind]
+
+    def _layout(self) -> Hashable:
+        """What a choice between batched and single passes depends on, beside the vectors."""
+        special = tuple(sorted(getattr(self.build, "keywords", {}).items()))
+        return self.kind, special, self.weights.names, self.dtype, self.plan.kept, self.plan.rebuilt
 
     @property
     def kind(self) -> Any:
@@ -67,87 +101,174 @@ class GraphEngine(Generic[G]):
         return getattr(self.build, "func", self.build)
 
     def _graph(self, batch: Batch, trusted: bool = False) -> G:
-        graph = self.build(self.objective, self.weights, batch, self.dtype, trusted=trusted)
+        with multiplication(self.multiply_in):
+            graph = self.build(self.objective, self.weights, batch, self.dtype, trusted=trusted)
         self.graphs_built += 1
         self.reached = [a or b for a, b in zip(self.reached, graph.reached, strict=True)]
         return graph
 
-    def multiply(self, rows: Tensor, positions: Sequence[int]) -> Tensor:
+    def multiply(self, rows: Tensor, positions: Sequence[int], product: str = "multiply") -> Tensor:
         """Rows ``[k, p]`` of products from rows ``[k, p]``, over the parameters at ``positions`` alone."""
-        with numerics(rows.device):
-            out = torch.empty_like(rows)
+        return self.multiply_blocks([rows], [positions], product)[0]
+
+    def multiply_blocks(
+        self, rows: Sequence[Tensor], positions: Sequence[Sequence[int]], product: str = "multiply"
+    ) -> list[Tensor]:
+        """Products of several diagonal blocks, each with rows of its own, from one visit of each graph.
+
+        Each block is a backward pass of its own, from its edges to its leaves, which walks only the part of the graph
+        in between: of a chain of layers, those from the block's own to the loss. Blocks cannot share a pass, since it
+        would add the products with what stands between them, ``sum_m H_lm v_m``.
+
+        Args:
+            product: Which matrix of the graph: the method that multiplies with it.
+        """
+        wanted = {i for inside in positions for i in inside}
+        with numerics(rows[0].device), multiplication(self.multiply_in):
+            outs = [torch.empty_like(part) for part in rows]
             for index, graph in enumerate(self.kept):
-                self._add(graph, rows, out, positions, fresh=index == 0, keep=True)
-            for index, batch in enumerate(self.rebuilt):
+                self._add_blocks(graph, rows, outs, positions, product, fresh=index == 0, keep=True)
+            for index, group in enumerate(self.rebuilt):
                 # The graph is held by nothing here, so that it is gone before the next one is built.
-                self.trusted[index] = self._add(
-                    self._graph(batch, self.trusted[index]),
+                self._add_blocks(
+                    self._graph(merge(group), wanted <= self.trusted[index]),
                     rows,
-                    out,
+                    outs,
                     positions,
+                    product,
                     fresh=index == 0 and not self.kept,
                     keep=False,
                 )
+                if product == "multiply":  # others do not check its derivatives
+                    self.trusted[index] |= wanted
         self.unvisited = False
-        return out
+        return outs
 
     def sample_dots(self: GraphEngine[GradientGraph], rows: Tensor, positions: Sequence[int]) -> Tensor:
         """``v . grad t_i / total_weight`` of every sample ``[k, N]``, for rows ``[k, p]``."""
-        layout = self.objective.parameters.subset(positions)
-        dtypes = [self.weights.chosen[i].dtype for i in positions]
+        return self.sample_dots_of_blocks([rows], [positions])[0]
 
-        def dots(graph: GradientGraph) -> Tensor:
-            vectors = [[v.to(d) for v, d in zip(layout.views(row), dtypes, strict=True)] for row in rows]
-            return torch.stack([graph.along(v, positions, keep=True) for v in vectors])
+    def sample_dots_of_blocks(
+        self: GraphEngine[GradientGraph], rows: Sequence[Tensor], positions: Sequence[Sequence[int]]
+    ) -> list[Tensor]:
+        """The same for several sets of parameters, from one visit of each graph."""
 
-        with numerics(rows.device):
-            return torch.cat(self._for_each_graph(dots), dim=1)
+        def dots(graph: GradientGraph) -> list[Tensor]:
+            found = [part.new_zeros(len(part), len(graph.sample_weights)) for part in rows]
+            for part, inside, out in zip(rows, positions, found, strict=True):
+
+                def along(row: Tensor, keep: bool, batched: bool, inside: Sequence[int] = inside) -> Parts:
+                    return [graph.along(self._vectors(row, inside), inside, keep=True, batched=batched)]
+
+                for index, (one,) in self.batching.passes(graph, part, along, ("along", *inside), keep=True):
+                    if one is not None:
+                        out[index] = one
+            return found
+
+        with numerics(rows[0].device), multiplication(self.multiply_in):
+            return [torch.cat(parts, dim=1) for parts in zip(*self._for_each_graph(dots), strict=True)]
 
     def gather(
         self: GraphEngine[GradientGraph], coefficients: Tensor, positions: Sequence[int], dtype: torch.dtype
     ) -> Tensor:
         """``sum_i c_i grad t_i`` as rows ``[k, p]``, for coefficients ``[k, N]`` in the order of the samples."""
-        layout = self.objective.parameters.subset(positions)
-        parts = iter(coefficients.split([*self.plan.kept, *self.plan.rebuilt], dim=1))
-        with numerics(coefficients.device):
-            out = torch.zeros(len(coefficients), layout.size, dtype=dtype, device=coefficients.device)
+        return self.gather_blocks([coefficients], [positions], dtype)[0]
+
+    def gather_blocks(
+        self: GraphEngine[GradientGraph],
+        coefficients: Sequence[Tensor],
+        positions: Sequence[Sequence[int]],
+        dtype: torch.dtype,
+    ) -> list[Tensor]:
+        """The same for several sets of parameters, each with its coefficients, from one visit of each graph."""
+        layouts = [self.objective.parameters.subset(inside) for inside in positions]
+        counts = [*self.plan.kept, *self.plan.rebuilt]
+        shares = iter(list(zip(*(part.split(counts, dim=1) for part in coefficients), strict=True)))
+        with numerics(coefficients[0].device), multiplication(self.multiply_in):
+            outs = [
+                torch.zeros(len(part), layout.size, dtype=dtype, device=part.device)
+                for part, layout in zip(coefficients, layouts, strict=True)
+            ]
 
             def add(graph: GradientGraph) -> None:
-                for row, total in zip(next(parts), out, strict=True):
-                    _accumulate(graph.gather(row, positions, keep=True), total, layout.views(total), fresh=False)
+                for share, out, layout, inside in zip(next(shares), outs, layouts, positions, strict=True):
+
+                    def gather(row: Tensor, keep: bool, batched: bool, inside: Sequence[int] = inside) -> Parts:
+                        return graph.gather(row.to(graph.sample_weights), inside, keep=True, batched=batched)
+
+                    for index, parts in self.batching.passes(graph, share, gather, ("gather", *inside), keep=True):
+                        _accumulate(parts, out[index], layout, fresh=False)
+                        del parts
 
             self._for_each_graph(add)
-        return out
+        return outs
 
     def _for_each_graph(self, function: Callable[[G], T]) -> list[T]:
-        """``function`` of each graph, in the order of their samples; rebuilt ones are gone before the next is built."""
-        results = [function(graph) for graph in self.kept]
-        return results + [function(self._graph(batch, self.trusted[i])) for i, batch in enumerate(self.rebuilt)]
+        """``function`` of each graph, in the order of their samples; rebuilt ones are gone before the next is built.
 
-    def _add(self, graph: G, rows: Tensor, out: Tensor, positions: Sequence[int], *, fresh: bool, keep: bool) -> bool:
-        """Add the products with one graph to ``out``; whether the graph has passed all checks."""
-        layout = self.objective.parameters.subset(positions)
-        dtypes = [self.weights.chosen[i].dtype for i in positions]
-        for k, (row, total) in enumerate(zip(rows, out, strict=True)):
-            vectors = [v.to(dtype) for v, dtype in zip(layout.views(row), dtypes, strict=True)]
-            products = graph.multiply(vectors, positions, keep=keep or k < len(rows) - 1)
-            _accumulate(products, total, layout.views(total), fresh=fresh)
-        return graph.checked
+        It asks nothing of second derivatives, so that graphs which were built once need no further check.
+        """
+        results = [function(graph) for graph in self.kept]
+        for group in self.rebuilt:
+            results.append(function(self._graph(merge(group), not self.unvisited)))
+        self.unvisited = False
+        return results
+
+    def _vectors(self, rows: Tensor, positions: Sequence[int]) -> list[Tensor]:
+        """A flat vector, or several as rows, in the shapes and types of the parameters at ``positions``."""
+        views = _views(self.objective.parameters.subset(positions), rows)
+        return [v.to(self.weights.chosen[i].dtype) for v, i in zip(views, positions, strict=True)]
+
+    def _add_blocks(
+        self,
+        graph: G,
+        rows: Sequence[Tensor],
+        outs: Sequence[Tensor],
+        positions: Sequence[Sequence[int]],
+        product: str,
+        *,
+        fresh: bool,
+        keep: bool,
+    ) -> None:
+        for index, (part, out, inside) in enumerate(zip(rows, outs, positions, strict=True)):
+            self._add(graph, part, out, inside, product, fresh=fresh, keep=keep or index < len(rows) - 1)
+
+    def _add(
+        self, graph: G, rows: Tensor, out: Tensor, positions: Sequence[int], product: str, *, fresh: bool, keep: bool
+    ) -> None:
+        """Add the products with one graph to ``out``."""
+        layout, multiply = self.objective.parameters.subset(positions), getattr(graph, product)
+
+        def once(row: Tensor, keep: bool, batched: bool) -> Parts:
+            parts: Parts = multiply(self._vectors(row, positions), positions, keep=keep, batched=batched)
+            return parts
+
+        for index, parts in self.batching.passes(graph, rows, once, (product, *positions), keep=keep):
+            _accumulate(parts, out[index], layout, fresh=fresh)
+            del parts  # before the next are made
 
     def visit(self) -> None:
         """Build the graph of every group once, to learn what the loss reaches."""
-        for batch in self.rebuilt if self.unvisited else []:
-            self._graph(batch)
+        for group in self.rebuilt if self.unvisited else []:
+            self._graph(merge(group))
         self.unvisited = False
 
 
-def _accumulate(products: Sequence[Tensor | None], total: Tensor, views: Sequence[Tensor], *, fresh: bool) -> None:
-    """Add a product given by parameter to the flat vector ``total``, or write it there if that is ``fresh``."""
+def _views(layout: Parameters, rows: Tensor) -> list[Tensor]:
+    """The parts of a vector ``[P]``, or of several as rows, in the shapes of the parameters."""
+    parts = zip(rows.split(layout.numels, dim=-1), layout.shapes, strict=True)
+    return [part.view((*rows.shape[:-1], *shape)) for part, shape in parts]
+
+
+def _accumulate(products: Parts, total: Tensor, layout: Parameters, *, fresh: bool) -> None:
+    """Add products given by parameter to a flat vector, or to several as rows, or write them there if ``fresh``."""
     if fresh and all(p is not None and p.dtype == total.dtype for p in products):
-        torch.cat([p.reshape(-1) for p in products if p is not None], out=total)  # one pass over the memory
+        lead = total.shape[:-1]
+        flat = [p.reshape(*lead, -1) for p in products if p is not None]
+        torch.cat(flat, dim=-1, out=total)  # one pass over the memory
         return
     if fresh:
         total.zero_()
-    for view, product in zip(views, products, strict=True):
+    for view, product in zip(_views(layout, total), products, strict=True):
         if product is not None:
             view.add_(product)

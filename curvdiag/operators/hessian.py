@@ -11,10 +11,14 @@ from torch import Tensor
 from curvdiag.errors import ArgumentError
 from curvdiag.objective import Objective
 from curvdiag.operators.base import Cost
+from curvdiag.operators.batched import Batched
 from curvdiag.operators.finite_difference import FiniteDifferenceEngine
-from curvdiag.operators.graphs import GraphEngine
+from curvdiag.operators.gradient_graph import GradientGraph
 from curvdiag.operators.objective_operator import ObjectiveOperator
+from curvdiag.operators.precision import Precision
+from curvdiag.operators.program import HESSIAN
 from curvdiag.operators.second_derivative import check_symmetry
+from curvdiag.operators.traced_graph import TracedGraphs
 
 
 class Hessian(ObjectiveOperator):
@@ -30,9 +34,25 @@ class Hessian(ObjectiveOperator):
         dtype: Make the copies in another type (float64 for oracles, float32 for bfloat16 weights).
         share: Work on the model's own weights instead of copies; if they change, the next use raises.
         memory: Bytes that kept graphs may take; half of the free memory by default. What does not fit is
-            rebuilt at each product, with ``memory=0`` everything.
+            rebuilt at each product, with ``memory=0`` everything, in graphs of at most an eighth of the free memory.
         micro_batch: Cut batches into pieces of at most so many samples, a graph for each; without it they are merged
             into as few graphs as fit.
+        batched: Whether several vectors go through a graph in one backward pass (``vmap``). It is faster on nets of a
+            few thousand parameters and slower on large ones. ``"auto"`` decides by size, so that a measurement gives
+            the same bits each time; ``"timed"`` by a short timing at the first product of each shape, kept with the
+            objective, after which the last bits may differ from run to run; True and False say it. A graph that cannot
+            be walked in a batch is walked vector by vector. A batch of 64 takes 64 times the memory of what passes by.
+        precision: ``"full"`` computes in the weights' type. ``"tf32"`` (CUDA devices) and ``"bfloat16"`` (on copies of
+            the weights) are cheaper where the hardware has units for them; vectors stay in the operator's type. The
+            relative error of a product is measured once, on a random vector and on what a power step makes of it,
+            and is in ``precision_error``. By Weyl's bound no eigenvalue moves by more than the norm of the error: the
+            largest by about that share, while smaller ones than that share of the largest are not to be trusted.
+        compile: Trace the product, keep what does not depend on the vector, and compile the rest (the compiler takes
+            seconds to minutes, once for each shape of group; the objective keeps the code for its next operators).
+            Blocks run the traced operations without compiled code. Each operator compares one product with autograd's
+            own; what cannot be traced or compiled, or differs, runs without, with a warning that says why: branches on
+            values, forward or backward hooks of the user's, on a CPU no C++ compiler. Model and loss are run once on
+            tensors without values; a loss that keeps what it sees in a list of its own then finds such ones there.
         rtol: Largest error of finite differences that is accepted, measured once by halving the step.
 
     Raises:
@@ -52,20 +72,28 @@ class Hessian(ObjectiveOperator):
         share: bool = False,
         memory: int | None = None,
         micro_batch: int | None = None,
+        batched: Batched = "auto",
+        precision: Precision = "full",
+        compile: bool = False,
         rtol: float = 0.05,
     ) -> None:
         if not rtol > 0:
             raise ArgumentError(f"rtol is a positive fraction, not {rtol}")
         started = time.perf_counter()
-        super().__init__(objective, dtype, share, memory)
+        super().__init__(objective, dtype, share, memory, precision=precision)
         if method == "exact":
-            self._engine = GraphEngine(objective, self._weights, dtype, memory, micro_batch)
+            build = TracedGraphs(HESSIAN) if compile else GradientGraph
+            self._set_engine(build, dtype, memory, micro_batch, batched=batched)
         elif method == "finite-difference":
+            if precision != "full":
+                raise ArgumentError("finite differences lose what precision= rounds off: leave it out")
+            if compile:
+                raise ArgumentError("compile=True compiles the exact product: leave out method='finite-difference'")
             pieces = list(objective.micro_batches(micro_batch))
             self._engine = FiniteDifferenceEngine(objective, self._weights, dtype, pieces, rtol)
             if not objective.__dict__.get("_symmetric"):
-                check_symmetry(objective, dtype, self._engine.product, max(rtol, 0.05))
-                objective.__dict__["_symmetric"] = True
+                seen = check_symmetry(objective, dtype, self._engine.product, max(rtol, 0.05))
+                objective.__dict__["_symmetric"] = seen
         else:
             raise ArgumentError(f"method is 'exact' or 'finite-difference', not {method!r}")
         self.method = method
@@ -75,6 +103,5 @@ class Hessian(ObjectiveOperator):
         return self._engine.multiply(rows, self._positions)
 
     def __repr__(self) -> str:
-        return (
-            f"Hessian({self.size:,} parameters, {self.method}, {self.dtype}, {self.plan or 'two gradients a product'})"
-        )
+        plan = self.plan or "two gradients a product"
+        return f"Hessian({self.size:,} parameters, {self.method}, {self.dtype}, {plan}{self._precision_note()})"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import math
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -32,8 +32,10 @@ class KeptGraph(abc.ABC):
         nonzero: For each parameter, whether its gradient is not zero.
         recomputes: A backward pass runs parts of the model again (checkpointing).
         checked: No derivative is missing.
+        can_batch: Several vectors can go through it in one pass.
     """
 
+    can_batch = True
     reached: list[bool]
     edges: list[GradientEdge | None]
     nonzero: list[bool]
@@ -58,8 +60,15 @@ class KeptGraph(abc.ABC):
         """Checks that need the finished graph."""
 
     @abc.abstractmethod
-    def multiply(self, vectors: Sequence[Tensor], positions: Sequence[int], *, keep: bool) -> list[Tensor | None]:
-        """The matrix's rows at ``positions`` times a vector that is zero elsewhere; None is zero."""
+    def multiply(
+        self, vectors: Sequence[Tensor], positions: Sequence[int], *, keep: bool, batched: bool = False
+    ) -> list[Tensor | None]:
+        """The matrix's rows at ``positions`` times a vector that is zero elsewhere; None is zero.
+
+        Args:
+            keep: The graph will be walked again.
+            batched: ``vectors`` holds several vectors, along a first dimension more, and so do the products.
+        """
 
     def whole(self, vector: Tensor) -> Tensor:
         """The product with one flat vector ``[P]``."""
@@ -97,15 +106,33 @@ class KeptGraph(abc.ABC):
         leaves: Sequence[Tensor | GradientEdge],
         *,
         keep: bool,
+        batched: bool = False,
     ) -> tuple[Tensor | None, ...]:
         """One backward pass from some edges of the graph, with what flows into them, to ``leaves``."""
         edges, outer = zip(*terms, strict=True)
 
-        def backward() -> tuple[Tensor | None, ...]:
+        def once(*outer: Tensor) -> tuple[Tensor | None, ...]:
             return torch.autograd.grad(edges, leaves, outer, retain_graph=keep, allow_unused=True)  # type: ignore[arg-type]
+
+        def backward() -> tuple[Tensor | None, ...]:
+            return _mapped(once, outer) if batched else once(*outer)
 
         with missing_derivatives():
             return self.objective.inside(self.weights, backward, twice=True) if self.recomputes else backward()
+
+
+def _mapped(function: Callable[..., tuple[Tensor | None, ...]], stacks: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    """``function`` of each set of slices along the first dimension, all at once; what is None for one is for all."""
+    missing: list[bool] = []
+
+    def present(*slices: Tensor) -> tuple[Tensor, ...]:
+        results = function(*slices)
+        missing[:] = [result is None for result in results]
+        return tuple(result for result in results if result is not None)
+
+    # Faster than is_grads_batched of autograd.grad, whose older vmap has fewer rules and falls back in silence.
+    found = iter(torch.func.vmap(present)(*stacks))
+    return tuple(None if gone else next(found) for gone in missing)
 
 
 @contextmanager

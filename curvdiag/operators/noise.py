@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -10,10 +11,15 @@ from torch import Tensor
 from curvdiag.errors import ArgumentError, LossError
 from curvdiag.objective import Objective
 from curvdiag.operators.base import Cost
+from curvdiag.operators.batched import Batched
+from curvdiag.operators.borrowed import borrowed
 from curvdiag.operators.gradient_graph import GradientGraph
 from curvdiag.operators.gram import Gram, gram
 from curvdiag.operators.graphs import GraphEngine
 from curvdiag.operators.objective_operator import ObjectiveOperator
+from curvdiag.operators.precision import Precision
+from curvdiag.operators.program import ALONG, GATHER
+from curvdiag.operators.traced_graph import TracedGraphs
 
 
 class EmpiricalFisher(ObjectiveOperator):
@@ -26,7 +32,7 @@ class EmpiricalFisher(ObjectiveOperator):
         objective: Its losses must be known for each sample.
         graphs: An exact Hessian, or another such matrix, of the same objective: work on its graphs, at its weights,
             instead of building more. Then it has said the following.
-        dtype, share, memory, micro_batch: As in :class:`~curvdiag.operators.Hessian`.
+        dtype, share, memory, micro_batch, batched, precision, compile: As in :class:`~curvdiag.operators.Hessian`.
 
     Raises:
         LossError: The loss gives only a mean, or BatchNorm in train mode couples the samples.
@@ -44,29 +50,37 @@ class EmpiricalFisher(ObjectiveOperator):
         share: bool = False,
         memory: int | None = None,
         micro_batch: int | None = None,
+        batched: Batched = "auto",
+        precision: Precision = "full",
+        compile: bool = False,
     ) -> None:
         if not objective.per_sample:
             raise LossError(f"{type(self).__name__} needs the loss of each sample: {objective.why()}")
         started = time.perf_counter()
         if graphs is not None:
-            alone = dtype is None and memory is None and micro_batch is None and not share
-            self._engine, self.cost = _borrowed(graphs, objective, alone=alone), Cost()
-        super().__init__(objective, dtype, share, memory, graphs)
+            given = (dtype, share, memory, micro_batch, batched, precision, compile)
+            unset = (None, False, None, None, "auto", "full", False)
+            self._engine, self.cost = borrowed(graphs, objective, given != unset, ALONG, GATHER), Cost()
+        super().__init__(objective, dtype, share, memory, graphs, precision)
         if graphs is not None:
             return
-        self._engine = GraphEngine(objective, self._weights, dtype, memory, micro_batch)
+        build = TracedGraphs(ALONG, GATHER) if compile else GradientGraph
+        self._set_engine(build, dtype, memory, micro_batch, batched=batched)
         self.cost = Cost(0, self._engine.graphs_built, time.perf_counter() - started)
 
     def _multiply(self, rows: Tensor) -> Tensor:
+        return self._multiply_blocks([rows], [self._positions])[0]
+
+    def _multiply_blocks(self, rows: Sequence[Tensor], positions: Sequence[Sequence[int]]) -> list[Tensor]:
         # g_i = (N / Z) grad t_i for the total weight Z; dots are v . g_i / N.
-        dots = self._shaped(self._engine.sample_dots(rows, self._positions)) * self.objective.size
-        return self._engine.gather(dots / self.objective.total_weight, self._positions, self.dtype)
+        dots = [self._shaped(one) * self.objective.size for one in self._engine.sample_dots_of_blocks(rows, positions)]
+        return self._engine.gather_blocks([one / self.objective.total_weight for one in dots], positions, self.dtype)
 
     def _shaped(self, dots: Tensor) -> Tensor:
         return dots
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.size:,} parameters, {self.dtype}, {self.plan})"
+        return f"{type(self).__name__}({self.size:,} parameters, {self.dtype}, {self.plan}{self._precision_note()})"
 
 
 class NoiseCovariance(EmpiricalFisher):
@@ -80,7 +94,7 @@ class NoiseCovariance(EmpiricalFisher):
         population: ``M``, the size of the training set; must be given for ``replacement=False``, since the objective
             usually holds a small part of it.
         graphs: An exact Hessian, or another such matrix, of the same objective, whose graphs serve both.
-        dtype, share, memory, micro_batch: As in :class:`~curvdiag.operators.Hessian`.
+        dtype, share, memory, micro_batch, batched, precision, compile: As in :class:`~curvdiag.operators.Hessian`.
 
     Raises:
         LossError: The loss gives only a mean, or BatchNorm in train mode couples the samples.
@@ -100,9 +114,22 @@ class NoiseCovariance(EmpiricalFisher):
         share: bool = False,
         memory: int | None = None,
         micro_batch: int | None = None,
+        batched: Batched = "auto",
+        precision: Precision = "full",
+        compile: bool = False,
     ) -> None:
         self.scale = _mini_batch_scale(batch_size, replacement, population)
-        super().__init__(objective, graphs=graphs, dtype=dtype, share=share, memory=memory, micro_batch=micro_batch)
+        super().__init__(
+            objective,
+            graphs=graphs,
+            dtype=dtype,
+            share=share,
+            memory=memory,
+            micro_batch=micro_batch,
+            batched=batched,
+            precision=precision,
+            compile=compile,
+        )
 
     def _shaped(self, dots: Tensor) -> Tensor:
         # Centred before the gradients are gathered: g (g . v) subtracted afterwards would cancel.
@@ -116,24 +143,13 @@ class NoiseCovariance(EmpiricalFisher):
 
         Raises:
             TooLargeError: The matrix does not fit.
+            ArgumentError: The gradients are in bfloat16.
         """
+        if self.precision == "bfloat16":
+            raise ArgumentError("gram() squares gradients, which bfloat16 is too coarse for: use precision='full'")
         self.refresh()
         dtype = self._engine.dtype
         return gram(self.objective, self._weights, dtype, self._positions, self.scale, memory=memory)
-
-
-def _borrowed(graphs: ObjectiveOperator, objective: Objective, *, alone: bool) -> GraphEngine[GradientGraph]:
-    engine = getattr(graphs, "_engine", None)
-    if not isinstance(engine, GraphEngine) or engine.kind is not GradientGraph:
-        raise ArgumentError(
-            f"graphs= takes a Hessian(method='exact'), NoiseCovariance or EmpiricalFisher, not {graphs!r}, which holds "
-            "no graph of per-sample gradients"
-        )
-    if graphs.objective is not objective:
-        raise ArgumentError("graphs= holds graphs of another objective: make both operators from the same one")
-    if not alone:
-        raise ArgumentError("graphs= comes with its dtype, share, memory and micro_batch: leave these out")
-    return engine
 
 
 def _mini_batch_scale(batch_size: int | None, replacement: bool, population: int | None) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -14,9 +14,19 @@ from torch import Tensor
 from curvdiag.errors import ArgumentError, StaleWeightsError
 from curvdiag.objective import Objective
 from curvdiag.operators.base import Cost, SymmetricOperator
+from curvdiag.operators.batched import Batched
+from curvdiag.operators.blocks import Blocks
 from curvdiag.operators.finite_difference import FiniteDifferenceEngine
 from curvdiag.operators.graphs import GraphEngine
 from curvdiag.operators.plan import Plan
+from curvdiag.operators.precision import (
+    Multiplication,
+    Precision,
+    check_precision,
+    product_error,
+    random_row,
+    true_products,
+)
 from curvdiag.parameters import Selection
 from curvdiag.weights import Weights
 
@@ -25,6 +35,11 @@ class ObjectiveOperator(SymmetricOperator):
     """A symmetric matrix over an objective's parameters, at the weights that it had when the operator was made.
 
     With ``graphs``, another such matrix whose graphs it works on, these are the weights of that one.
+
+    Attributes:
+        precision: What products are computed in.
+        precision_error: Relative error that this makes in a product, as measured on the whole matrix; None in full
+            precision.
     """
 
     _engine: GraphEngine[Any] | FiniteDifferenceEngine
@@ -38,6 +53,7 @@ class ObjectiveOperator(SymmetricOperator):
         share: bool,
         memory: int | None,
         graphs: ObjectiveOperator | None = None,
+        precision: Precision = "full",
     ) -> None:
         if share and dtype is not None:
             raise ArgumentError("share=True works on the model's own weights and cannot change their dtype")
@@ -51,6 +67,9 @@ class ObjectiveOperator(SymmetricOperator):
         self.device = objective.device
         self.size = self.parameters.size
         self._positions: Sequence[int] = range(len(self.parameters))
+        self.precision: Precision = precision
+        self.precision_error: float | None = None
+        check_precision(precision, self.device, self.dtype, share=share)
         if graphs is None:
             self._weights = objective.weights(dtype=dtype, share=share)
             self._fingerprint = _fingerprint(self._live()) if share else None
@@ -60,6 +79,43 @@ class ObjectiveOperator(SymmetricOperator):
     @abc.abstractmethod
     def _multiply(self, rows: Tensor) -> Tensor:
         """Products of rows ``[k, P]``, not yet counted."""
+
+    def _multiply_blocks(self, rows: Sequence[Tensor], positions: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Products of the diagonal blocks over the parameters at ``positions``, not yet counted."""
+        return self._engine.multiply_blocks(rows, positions)
+
+    def _set_engine(
+        self,
+        build: Callable[..., Any],
+        dtype: torch.dtype | None,
+        memory: int | None,
+        micro_batch: int | None,
+        batched: Batched = "auto",
+    ) -> None:
+        """The engine of graphs, in the wanted precision; anything less than full is compared with that once."""
+
+        def engine(
+            weights: Weights, dtype: torch.dtype | None, memory: int | None, kind: Multiplication | None = None
+        ) -> GraphEngine[Any]:
+            return GraphEngine(self.objective, weights, dtype, memory, micro_batch, build, batched, kind)
+
+        if self.precision == "full":
+            self._engine = engine(self._weights, dtype, memory)
+            return
+        # Full precision comes first, since it is what can tell a wrong derivative from rounding.
+        full = copy.copy(self)
+        full._engine = engine(self._weights, dtype, 0, "ieee")
+        pairs = true_products(full._multiply, random_row(self.size, self.device, self.dtype))
+        if self.precision == "tf32":
+            self._engine = engine(self._weights, dtype, memory, "tf32")
+        else:
+            self._weights = self._weights.rounded(torch.bfloat16)
+            self._engine = engine(self._weights, torch.bfloat16, memory)
+        self.precision_error = product_error(self._multiply, pairs)
+
+    def _precision_note(self) -> str:
+        error = self.precision_error
+        return "" if error is None else f", products in {self.precision} with an error of {error:.2g}"
 
     def apply(self, rows: Tensor) -> Tensor:
         started, before = time.perf_counter(), self._engine.graphs_built
@@ -97,6 +153,20 @@ class ObjectiveOperator(SymmetricOperator):
             self._engine.check(block._positions)
         return block
 
+    def blocks(self, layers: Mapping[str, Selection] | None = None) -> Blocks:
+        """Several diagonal blocks by name, multiplied together; by default one for each layer.
+
+        Raises:
+            ArgumentError: There is no layer, or they have no names.
+            ParameterError: A selection matches nothing.
+            SecondDerivativeError: Finite differences are not accurate on a block.
+        """
+        if layers is not None and not isinstance(layers, Mapping):
+            raise ArgumentError(f"layers are given by name, as {{name: selection of parameters}}, not as {layers!r}")
+        if layers is None:
+            layers = {name: _named(inside) for name, inside in self.parameters.layers().items()}
+        return Blocks(self, {name: self.block(selection) for name, selection in layers.items()})
+
     @property
     def plan(self) -> Plan | None:
         """How the data are laid out in graphs; None for finite differences."""
@@ -108,6 +178,12 @@ class ObjectiveOperator(SymmetricOperator):
         self._engine.visit()
         reached = self._engine.reached
         return [self._weights.names[i] for i in self._positions if not reached[i]]
+
+
+def _named(names: Sequence[str]) -> Selection:
+    """Exactly these parameters; as globs, names with brackets in them would match others or nothing."""
+    wanted = frozenset(names)
+    return lambda name, _: name in wanted
 
 
 def _fingerprint(tensors: list[Tensor]) -> Tensor:

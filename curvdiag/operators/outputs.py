@@ -29,12 +29,14 @@ class Outputs:
         value: The outputs ``[B, ...]``, detached.
         edge: Where they are in the graph; None if they depend on none of the chosen parameters.
         alone: They are all that the model returns.
+        unclear: Why no outputs were found, where that was allowed.
     """
 
     calls: int = 0
     value: Tensor | None = None
     edge: GradientEdge | None = None
     alone: bool = False
+    unclear: LossError | None = None
 
     def single(self) -> Tensor:
         """The outputs of the one call that there must be.
@@ -42,6 +44,8 @@ class Outputs:
         Raises:
             LossError: The model was called more than once, or not by its own name.
         """
+        if self.unclear is not None:
+            raise self.unclear
         if self.calls != 1 or self.value is None:
             times = "not called" if self.calls == 0 else f"called {self.calls} times"
             raise LossError(
@@ -52,13 +56,24 @@ class Outputs:
 
 
 @contextmanager
-def caught_outputs(model: nn.Module, pick: Pick | None, shift: Tensor | None = None) -> Iterator[Outputs]:
-    """Catch what ``model`` returns while the block runs, and with ``shift`` hand it on with this added."""
+def caught_outputs(
+    model: nn.Module, pick: Pick | None, shift: Tensor | None = None, *, must: bool = True
+) -> Iterator[Outputs]:
+    """Catch what ``model`` returns while the block runs, and with ``shift`` hand it on with this added.
+
+    Without ``must`` a model whose outputs are not found runs on, and :meth:`Outputs.single` says why.
+    """
     found = Outputs()
 
     def hook(module: nn.Module, inputs: Any, returned: Any) -> Any:
         found.calls += 1
-        outputs = _picked(pick, returned)
+        try:
+            outputs = _picked(pick, returned)
+        except LossError as error:
+            if must:
+                raise
+            found.unclear = error.with_traceback(None)
+            return None
         handed = outputs if shift is None else outputs + shift
         if outputs is returned and handed.requires_grad and handed.is_leaf:
             handed = handed.view_as(handed)  # a parameter returned as it is; a product needs a node of its own
@@ -73,8 +88,8 @@ def caught_outputs(model: nn.Module, pick: Pick | None, shift: Tensor | None = N
         handle.remove()
 
 
-def check_only_way(loss: Tensor, edge: GradientEdge | None, weights: Weights) -> list[str]:
-    """Refuse a loss that reaches the chosen parameters other than through the outputs.
+def check_only_way(loss: GradientEdge | None, edge: GradientEdge | None, weights: Weights) -> list[str]:
+    """Refuse a loss that reaches the chosen parameters other than through the outputs; both by where they are.
 
     Returns:
         Names of custom functions between the outputs and the loss.
@@ -85,7 +100,7 @@ def check_only_way(loss: Tensor, edge: GradientEdge | None, weights: Weights) ->
     names = {id(tensor): name for name, tensor in zip(weights.names, weights.chosen, strict=True)}
     custom: list[str] = []
     seen: set[Any] = set()
-    stack: list[tuple[Any, int]] = [(loss.grad_fn, 0)]
+    stack: list[tuple[Any, int]] = [] if loss is None else [(loss.node, loss.output_nr)]
     while stack:
         node, number = stack.pop()
         if node is None or node in seen:

@@ -6,15 +6,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import floor
 
-import torch
-from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
-
 from curvdiag.data import Batch, can_cut, merge, sample_count, signature, take, tensors_of
 from curvdiag.memory import human_bytes
+from curvdiag.operators.live_bytes import LiveBytes
 
 CALIBRATION = (8, 32)
 """Samples in the two small graphs from which the memory of a large one is foretold."""
+SHARE = 8
+"""A rebuilt graph may take one part in so many of the memory for kept graphs, or of all that is free without these."""
 
 
 @dataclass(frozen=True)
@@ -56,47 +55,52 @@ class GraphBytes:
 
 
 def lay_out(
-    pieces: Sequence[Batch], size: GraphBytes, budget: int, *, regroup: bool
-) -> tuple[Plan, list[Batch], list[Batch]]:
-    """The plan, the batches whose graphs are kept within ``budget`` bytes, and those that are rebuilt.
+    pieces: Sequence[Batch], size: GraphBytes, budget: int, free: int, *, regroup: bool
+) -> tuple[Plan, list[Batch], list[list[Batch]]]:
+    """The plan, the batches whose graphs are kept within ``budget`` bytes, and those that are rebuilt in groups.
 
     With ``regroup`` all pieces that differ in nothing but their samples are merged, since fewer graphs make
     cheaper products, and cut again to what fits. Where not all fit, room is left for the largest graph that is
-    rebuilt.
+    rebuilt. Groups to be rebuilt are merged when their turn comes, so that no copy of the data stays.
     """
-    if budget <= 0:
-        kept: list[Batch] = []
-        rebuilt = list(pieces)
-    elif not regroup:
+    kept: list[Batch] = []
+    rebuilt = [[piece] for piece in pieces]
+    if budget > 0 and not regroup:
         kept, rebuilt = _fill(list(pieces), size, budget)
-    else:
-        kept, rebuilt = _fit([merge(alike) for alike in _alike(pieces)], max(map(sample_count, pieces)), size, budget)
-    counts = [sample_count(batch) for batch in kept]
-    plan = Plan(tuple(counts), tuple(map(sample_count, rebuilt)), int(sum(map(size, counts))), budget)
-    return plan, kept, rebuilt
+    elif budget > 0:
+        kept, rebuilt = _fit(
+            [merge(alike) for alike in alike_pieces(pieces)], max(map(sample_count, pieces)), size, budget
+        )
+    elif regroup:
+        rebuilt = _gather(pieces, size.samples(free / SHARE))
+    counts, again = [sample_count(batch) for batch in kept], [sum(map(sample_count, group)) for group in rebuilt]
+    return Plan(tuple(counts), tuple(again), int(sum(map(size, counts))), budget), kept, rebuilt
 
 
-def _fill(pieces: list[Batch], size: GraphBytes, budget: float) -> tuple[list[Batch], list[Batch]]:
+def _fill(pieces: list[Batch], size: GraphBytes, budget: float) -> tuple[list[Batch], list[list[Batch]]]:
     """As many whole pieces as fit."""
     needs = [size(sample_count(piece)) for piece in pieces]
     room = budget if sum(needs) <= budget else budget - max(needs)
     kept: list[Batch] = []
-    rebuilt: list[Batch] = []
+    rebuilt: list[list[Batch]] = []
     for piece, need in zip(pieces, needs, strict=True):
-        (kept if need <= room else rebuilt).append(piece)
-        room -= need if need <= room else 0
+        if need <= room:
+            kept.append(piece)
+            room -= need
+        else:
+            rebuilt.append([piece])
     return kept, rebuilt
 
 
-def _fit(batches: list[Batch], at_once: int, size: GraphBytes, budget: float) -> tuple[list[Batch], list[Batch]]:
-    """As many samples as fit, and the rest in pieces of at most ``at_once`` samples that fit as well, one by one."""
+def _fit(batches: list[Batch], at_once: int, size: GraphBytes, budget: float) -> tuple[list[Batch], list[list[Batch]]]:
+    """As many samples as fit, and the rest in pieces that fit as well, one by one."""
     if sum(size(sample_count(batch)) for batch in batches) <= budget:
         return batches, []
-    # A quarter of the budget, or the user's own batch where that is less, is what one rebuilt graph may take.
-    rebuilt_samples = max(1, min(at_once, size.samples(budget / 4)))
+    # A rebuilt graph may take its share of the budget; twice that to hold a whole batch of the user's.
+    rebuilt_samples = max(1, min(at_once, size.samples(2 * budget / SHARE)), size.samples(budget / SHARE))
     room = budget - size(rebuilt_samples)
     kept: list[Batch] = []
-    rebuilt: list[Batch] = []
+    rebuilt: list[list[Batch]] = []
     for batch in batches:
         count = sample_count(batch)
         fitting = min(count, size.samples(room))
@@ -104,13 +108,27 @@ def _fit(batches: list[Batch], at_once: int, size: GraphBytes, budget: float) ->
             kept.append(take(batch, slice(0, fitting)))
             room -= size(fitting)
         rebuilt += [
-            take(batch, slice(start, min(start + rebuilt_samples, count)))
+            [take(batch, slice(start, min(start + rebuilt_samples, count)))]
             for start in range(fitting, count, rebuilt_samples)
         ]
     return kept, rebuilt
 
 
-def _alike(pieces: Sequence[Batch]) -> list[list[Batch]]:
+def _gather(pieces: Sequence[Batch], at_most: int) -> list[list[Batch]]:
+    """Whole pieces in groups of at most so many samples; one that has more stays by itself."""
+    groups: list[list[Batch]] = []
+    for alike in alike_pieces(pieces):
+        room = 0
+        for piece in alike:
+            room -= sample_count(piece)
+            if room < 0:
+                groups.append([])
+                room = at_most - sample_count(piece)
+            groups[-1].append(piece)
+    return groups
+
+
+def alike_pieces(pieces: Sequence[Batch]) -> list[list[Batch]]:
     """Pieces that can be merged, together, in order of first appearance."""
     groups: dict[str, list[Batch]] = {}
     for index, piece in enumerate(pieces):
@@ -118,9 +136,7 @@ def _alike(pieces: Sequence[Batch]) -> list[list[Batch]]:
     return list(groups.values())
 
 
-def foretell(
-    pieces: Sequence[Batch], build: Callable[[Batch], object], own: Sequence[Tensor], *, cut: bool
-) -> GraphBytes:
+def foretell(pieces: Sequence[Batch], build: Callable[[Batch], object], *, cut: bool) -> GraphBytes:
     """Memory of graphs, from small ones built for the purpose and dropped.
 
     Where pieces differ in more than their number of samples (texts of several lengths) the largest sample is
@@ -128,30 +144,52 @@ def foretell(
 
     Args:
         build: Builds the graph of a batch.
-        own: Tensors that are there anyway, such as the weights.
         cut: Whether pieces may be cut by sample; if not, whole pieces are built.
     """
-    largest = max(pieces, key=lambda piece: sum(t.numel() for t in tensors_of(piece)) / sample_count(piece))
-    count = sample_count(largest)
-    few, many = (min(n, count) for n in CALIBRATION) if cut else (0, count)
-    much = _saved_bytes(take(largest, slice(0, many)) if cut else largest, build, own)
-    if few == many or not cut:
+    piece = largest(pieces)
+    few, many = calibration(sample_count(piece), cut=cut)
+    much = live_bytes(lambda: build(first_samples(piece, many)))
+    if few == many:
         return GraphBytes(0.0, much / many)
-    little = _saved_bytes(take(largest, slice(0, few)), build, own)
+    return through(few, live_bytes(lambda: build(first_samples(piece, few))), many, much)
+
+
+def with_merged(size: GraphBytes, pieces: Sequence[Batch]) -> GraphBytes:
+    """The same with the samples themselves, which are copied where pieces are merged."""
+    if all(len(alike) == 1 for alike in alike_pieces(pieces)):
+        return size
+    piece = largest(pieces)
+    return GraphBytes(size.fixed, size.per_sample + sum(t.nbytes for t in tensors_of(piece)) / sample_count(piece))
+
+
+def largest(pieces: Sequence[Batch]) -> Batch:
+    """The piece with the largest samples."""
+    return max(pieces, key=lambda piece: sum(t.numel() for t in tensors_of(piece)) / sample_count(piece))
+
+
+def first_samples(piece: Batch, count: int) -> Batch:
+    """The first ``count`` samples of a piece; the piece itself if it has no more."""
+    return piece if count == sample_count(piece) else take(piece, slice(0, count))
+
+
+def calibration(count: int, *, cut: bool) -> tuple[int, int]:
+    """Samples in the smaller and the larger graph from which that of ``count`` samples is foretold."""
+    if not cut:
+        return count, count
+    many = min(CALIBRATION[1], count)
+    return max(1, min(CALIBRATION[0], many // 4)), many
+
+
+def through(few: int, little: float, many: int, much: float) -> GraphBytes:
+    """The straight line through the memory of two graphs."""
     slope = max(0.0, (much - little) / (many - few))
     return GraphBytes(max(0.0, much - slope * many), slope)
 
 
-def _saved_bytes(batch: Batch, build: Callable[[Batch], object], own: Sequence[Tensor]) -> int:
-    known = {t.untyped_storage().data_ptr() for t in own}
-    seen: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        if tensor.layout == torch.strided and tensor.untyped_storage().data_ptr() not in known:
-            seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor.detach()  # a node that held its own output would keep the graph alive for ever
-
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
-        graph = build(batch)  # held until all is counted: freed storages would be counted twice
-        del graph
-    return sum(seen.values())
+def live_bytes(make: Callable[[], object]) -> int:
+    """Memory that what ``make`` returns keeps alive in tensors."""
+    with LiveBytes(recording=False) as counter:
+        made = make()
+        found = counter.now()
+        del made
+    return found

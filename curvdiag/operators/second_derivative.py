@@ -130,11 +130,14 @@ def missing_derivatives() -> Iterator[None]:
 
 def check_symmetry(
     objective: Objective, dtype: torch.dtype | None, product: Callable[[Tensor], Tensor], rtol: float | None = None
-) -> None:
+) -> bool:
     """``u . H v = v . H u`` for random vectors, which a wrong derivative somewhere breaks.
 
     Args:
         rtol: Asymmetry that is accepted, relative to the Frobenius norm; by default well above rounding.
+
+    Returns:
+        Whether there was anything to see: a Hessian of zeros tells nothing.
 
     Raises:
         SecondDerivativeError: They differ by more.
@@ -152,6 +155,7 @@ def check_symmetry(
             "an operation of the model or the loss has a wrong first or second derivative (gradient reversal and "
             "straight-through estimators have no Hessian); replace it, or leave it out of the measurement"
         )
+    return scale > 0
 
 
 def _dot_and_norm(x: Tensor, y: Tensor) -> tuple[float, float]:

@@ -16,6 +16,7 @@ from curvdiag.plotting.exponent import exponent
 from curvdiag.plotting.exponents_by_layer import exponents_by_layer
 from curvdiag.plotting.exponents_of_runs import exponents_of_runs
 from curvdiag.plotting.heatmap import heatmap
+from curvdiag.plotting.layers import layers
 from curvdiag.plotting.scalars import scalars
 from curvdiag.plotting.scaling import scaling
 from curvdiag.plotting.scaling_page import scaling_page
@@ -33,6 +34,7 @@ __all__ = [
     "exponents_by_layer",
     "exponents_of_runs",
     "heatmap",
+    "layers",
     "scalars",
     "scaling",
     "scaling_page",

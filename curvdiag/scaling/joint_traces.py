@@ -15,8 +15,9 @@ from curvdiag.estimate import Estimate
 from curvdiag.memory import free_bytes
 from curvdiag.noise.jackknife import jackknife
 from curvdiag.operators.base import LinearMap, linear_map
-from curvdiag.spectrum.lanczos import NON_FINITE, Progress, product, row_dots, working_dtype
+from curvdiag.spectrum.lanczos import Progress
 from curvdiag.spectrum.probes import Seed, rademacher, resolve_seed
+from curvdiag.spectrum.vectors import NON_FINITE, product, row_dots, working_dtype
 
 # Vectors of size P that one probe needs at once: itself, Hz, Cz, CHz, HCz, and what a product takes.
 VECTORS_A_PROBE = 8

@@ -12,6 +12,9 @@ batches and a cadence in steps; or one of them measures, and a function gives it
         return box[0]
 
     schedule = AnisotropyP(optimizer, measured, refresh=100)
+
+A schedule sees to it that the monitor it follows measures the same after a resume. It cannot where a function stands
+between them: make such a monitor with ``warm=False``.
 """
 
 from curvdiag.schedules.anisotropy_lr import AnisotropyLR

@@ -187,6 +187,7 @@ class Source:
                 "not bit-identical; give the monitor every= or another cadence in steps",
                 self.owner,
             )
+        monitor.measure_cold()  # a resumed run must read the same numbers
         warn_of_ranks(self.owner)
 
     def _unread(self) -> tuple[int, dict[str, float]] | None:

@@ -271,6 +271,8 @@ def _lone_eigenvalues(density: SpectralDensity, width: float) -> SpectralDensity
     probe = np.repeat(np.arange(density.probes), density.nodes.shape[1])
     order = np.argsort(density.nodes, axis=None)
     order = order[density.weights.ravel()[order] > 0]
+    if not len(order):
+        return density  # every eigenvalue is deflated
     nodes, weights = density.nodes.ravel()[order], density.weights.ravel()[order]
     group = np.concatenate([[0], np.cumsum(np.diff(nodes) > SAME * width)])
     seen = np.zeros((group[-1] + 1, density.probes), dtype=bool)

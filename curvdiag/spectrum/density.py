@@ -15,10 +15,15 @@ from numpy.typing import ArrayLike
 from curvdiag.errors import ArgumentError
 from curvdiag.estimate import Estimate
 from curvdiag.memory import free_bytes
+from curvdiag.modes import outside_modes
 from curvdiag.operators.base import LinearMap, linear_map
 from curvdiag.results import Result
-from curvdiag.spectrum.lanczos import Progress, Reorthogonalize, lanczos, working_dtype
-from curvdiag.spectrum.probes import Seed, rademacher, resolve_seed
+from curvdiag.spectrum.accuracy import check_rtol, reach
+from curvdiag.spectrum.deflation import Deflate, Deflation, find_deflation
+from curvdiag.spectrum.lanczos import Progress, Reorthogonalize
+from curvdiag.spectrum.probes import Seed, resolve_seed
+from curvdiag.spectrum.quadrature import Quadrature
+from curvdiag.spectrum.vectors import working_dtype
 
 # Kernel width over spectral range. The common code takes the variance 1e-5 * max(1, range); this is the same at
 # range 1, but scales with the matrix: the density of c H is that of H, stretched by c.
@@ -37,8 +42,9 @@ class SpectralDensity(Result):
         nodes: Ritz values ``[probes, m]``, float64; padding has weight 0.
         weights: Their weights ``[probes, m]``; each row adds up to ``1 - len(deflated) / size``.
         size: Order ``P`` of the matrix.
-        deflated: Eigenvalues ``[k]`` that enter exactly, each with weight ``1 / size``.
-        steps: Lanczos steps of each probe.
+        deflated: Ritz values ``[k]`` that enter for themselves, each with weight ``1 / size``; the matrix has an
+            eigenvalue within a hundredth of each.
+        steps: Lanczos steps of each probe, or the most where they differ.
         matvecs: Products that the density cost.
         note: What differs from what was asked, if anything.
     """
@@ -106,7 +112,7 @@ class SpectralDensity(Result):
         return np.linspace(self.lambda_min - 5 * width, self.lambda_max + 5 * width, points)
 
     def moment(self, k: int) -> Estimate:
-        """``tr(H^k) / P``; without bias for Rademacher probes and ``k < 2 * steps``."""
+        """``tr(H^k) / P``; without bias for Rademacher probes and ``k < 2 * steps``, where nothing is deflated."""
         return Estimate.from_samples(self.per_probe(lambda x: x**k))
 
     def trace(self) -> Estimate:
@@ -150,12 +156,15 @@ class SpectralDensity(Result):
         return np.concatenate([self.nodes[self.weights > 0], self.deflated])
 
 
+@outside_modes
 def spectral_density(
     op: Any,
     *,
     steps: int = 80,
     probes: int = 4,
     seed: Seed = 0,
+    deflate: Deflate = 0,
+    rtol: float | None = None,
     reorthogonalize: Reorthogonalize = "none",
     progress: Progress | None = None,
 ) -> SpectralDensity:
@@ -170,44 +179,90 @@ def spectral_density(
         steps: Lanczos steps; more than the order of the matrix are clipped, and noted in the result.
         probes: Random vectors. At least 3 for an interval.
         seed: An integer, or a generator that advances.
+        deflate: How many eigenvalues, those of largest magnitude, enter exactly, so that the probes see only the rest;
+            or ``"auto"``: as many as take more off the errors of ``tr H`` and ``tr H^2`` than the products that find
+            them would, spent on probes, and none where that does not pay. The first run that finds them is made
+            beside the ``probes``, and takes part in the average only where nothing is deflated. See
+            :mod:`curvdiag.spectrum.deflation`.
+        rtol: Wanted relative accuracy, see :mod:`curvdiag.spectrum.accuracy`: ``steps`` are then the most that a probe
+            takes, and ``probes``, at least 4, those of a first stage, by whose spread up to fifteen times as many are
+            added. The note says whether it was reached.
         reorthogonalize: See :func:`curvdiag.spectrum.lanczos.lanczos`.
         progress: Called with (products done, products planned).
 
     Raises:
-        ArgumentError: ``steps`` or ``probes`` is not positive, or ``op`` is not square.
+        ArgumentError: ``steps`` or ``probes`` is not positive, ``deflate`` or ``rtol`` out of range, or ``op`` not
+            square.
         NonFiniteError: A product held NaN or infinite numbers.
     """
+    check_counts(steps, probes)
+    if rtol is not None:
+        check_rtol(rtol, reorthogonalize)
+    operator, seed = linear_map(op), resolve_seed(seed)
+    deflation = find_deflation(operator, deflate, steps=steps, probes=probes, seed=seed, progress=progress)
+    return density_outside(
+        operator,
+        deflation,
+        steps=steps,
+        probes=probes,
+        seed=seed,
+        rtol=rtol,
+        reorthogonalize=reorthogonalize,
+        progress=progress,
+    )
+
+
+def check_counts(steps: int, probes: int) -> None:
+    """Raises ArgumentError where a density cannot have so many steps or probes."""
     if isinstance(probes, bool) or int(probes) != probes or probes < 1:
         raise ArgumentError(f"a density needs a positive number of probes, not {probes!r}")
-    operator, seed = linear_map(op), resolve_seed(seed)
-    group = _lockstep(operator, probes, steps if reorthogonalize != "none" else 0)
-    planned = min(steps, operator.size) * probes
-    nodes, weights, spent = [], [], 0
-    for first in range(0, probes, group):
-        count = min(group, probes - first)
-        starts = rademacher(
-            count,
-            operator.size,
-            seed=seed,
-            first=first,
-            dtype=working_dtype(operator),
-            device=operator.device,
-        )
-        report = None if progress is None else _offset(progress, spent, planned)
-        run = lanczos(operator, starts, steps, reorthogonalize=reorthogonalize, progress=report)
-        theta, weight = run.quadrature()
-        nodes.append(theta)
-        weights.append(weight)
-        spent += run.matvecs
-    taken = nodes[0].shape[1]
-    note = f"{steps} steps clipped to {taken}, the order of the matrix" if taken < steps else ""
+    if isinstance(steps, bool) or int(steps) != steps or steps < 1:
+        raise ArgumentError(f"a density takes a positive number of steps, not {steps!r}")
+
+
+def density_outside(
+    operator: LinearMap,
+    deflation: Deflation,
+    *,
+    steps: int,
+    probes: int,
+    seed: int,
+    rtol: float | None = None,
+    reorthogonalize: Reorthogonalize = "none",
+    progress: Progress | None = None,
+) -> SpectralDensity:
+    """The density of a matrix of which ``deflation`` is known already; see :func:`spectral_density`.
+
+    Each probe is scaled so that its weights add up to the share of the eigenvalues that it stands for. That makes the
+    mass exactly 1 and takes the random length of what is left of a probe out of the variance, at a bias of at most
+    ``k / P`` of a diagonal entry.
+    """
+    size, known = operator.size, deflation.values
+    rest = size - len(known)
+    notes = [deflation.note] if deflation.note else []
+    if not rest:
+        notes += [f"rtol={rtol:g} reached: every eigenvalue is deflated"] if rtol is not None else []
+        zeros = np.zeros((probes, 1))
+        return SpectralDensity(zeros, zeros, size, deflated=known, matvecs=deflation.matvecs, note="; ".join(notes))
+    taken = min(steps, rest)
+    if taken < steps:
+        what = "what is left to the probes" if len(known) else "the matrix"
+        notes.append(f"{steps} steps clipped to {taken}, the order of {what}")
+    group = lockstep(operator, probes, taken if reorthogonalize != "none" else 0)
+    run = Quadrature(operator, deflation, seed, group, reorthogonalize, progress)
+    if rtol is None:
+        run.take(probes, taken, run.matvecs + taken * probes)
+    else:
+        notes.append(reach(run, rtol, taken, probes))
+    nodes, weights = run.arrays()
     return SpectralDensity(
-        np.concatenate(nodes),
-        np.concatenate(weights),
-        operator.size,
-        steps=taken,
-        matvecs=spent,
-        note=note,
+        nodes,
+        weights * (rest / size),
+        size,
+        deflated=known,
+        steps=nodes.shape[1],
+        matvecs=run.matvecs,
+        note="; ".join(notes),
     )
 
 
@@ -226,11 +281,7 @@ def _kernels(points: np.ndarray, nodes: np.ndarray, weights: np.ndarray, width: 
     return curve / (width * math.sqrt(2 * math.pi))
 
 
-def _lockstep(operator: LinearMap, probes: int, stored: int) -> int:
+def lockstep(operator: LinearMap, probes: int, stored: int) -> int:
     """How many probes fit at once: three vectors and their products each, in at most half the free memory."""
     one = (5 + stored) * operator.size * working_dtype(operator).itemsize
     return int(max(1, min(probes, free_bytes(operator.device) // 2 // max(one, 1))))
-
-
-def _offset(progress: Progress, spent: int, planned: int) -> Progress:
-    return lambda done, _total: progress(spent + done, planned)

@@ -6,7 +6,8 @@ The rows of the basis are ``n`` *processed* vectors V, whose products are known,
 
 One pending direction is ordinary Lanczos with full orthogonalisation; several arise from several start
 vectors, or from a fresh one put in later. The residual of a Ritz pair (theta, V s) is F C s exactly, and
-replacing V by some of its Ritz vectors keeps the relation: the thick restart.
+replacing V by some of its Ritz vectors keeps the relation: the thick restart. That takes products in full single
+precision, also where the process has its own rounded to TF32.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from torch import Tensor
 
 from curvdiag.errors import NonFiniteError
 from curvdiag.operators.base import LinearMap
-from curvdiag.spectrum.lanczos import BREAKDOWN, NON_FINITE, product, remove_components, row_dots, working_dtype
+from curvdiag.operators.precision import multiplication
+from curvdiag.spectrum.lanczos import BREAKDOWN
+from curvdiag.spectrum.vectors import NON_FINITE, product, remove_components, row_dots, working_dtype
 
 
 class Subspace:
@@ -117,6 +120,16 @@ class Subspace:
         residuals = (self.coupling @ coefficients).square().sum(0).sqrt()
         return values, coefficients, residuals
 
+    @property
+    def rounding(self) -> float:
+        """What no residual can be known to be below."""
+        return 4 * torch.finfo(self.dtype).eps * self.scale
+
+    def bounds(self, residuals: Tensor) -> Tensor:
+        """The ``residuals`` of Ritz pairs with rounding and any asymmetry of the products counted in."""
+        return (residuals.square() + self.defect**2 + self.rounding**2).sqrt()
+
+    @multiplication("ieee")
     def aim(self, direction: Tensor) -> None:
         """Turn the pending directions so that the first is along ``direction`` ``[b]``, in their coordinates."""
         if self.pending < 2 or float(direction.norm()) == 0:
@@ -127,6 +140,7 @@ class Subspace:
         turn = rotation.T.to(self.rows)
         self.rows[n : self.used] = turn @ self.rows[n : self.used]
 
+    @multiplication("ieee")
     def restart(self, coefficients: Tensor, values: Tensor) -> None:
         """Keep only the Ritz vectors with these coefficients ``[n, p]`` and values ``[p]``."""
         n, p, b = self.processed, coefficients.shape[1], self.pending
@@ -140,6 +154,7 @@ class Subspace:
         self.coupling = self.coupling @ coefficients
         self.processed = p
 
+    @multiplication("ieee")
     def vectors(self, coefficients: Tensor) -> Tensor:
         """Ritz vectors as contiguous rows ``[p, P]``."""
         return coefficients.T.to(self.rows) @ self.rows[: self.processed]

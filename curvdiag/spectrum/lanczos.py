@@ -6,9 +6,11 @@ components of its eigenvectors are the Gauss quadrature of ``z^T f(H) z`` (Golub
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +20,10 @@ from torch import Tensor
 from curvdiag.errors import ArgumentError, NonFiniteError, TooLargeError
 from curvdiag.memory import free_bytes, human_bytes
 from curvdiag.operators.base import LinearMap, linear_map
+from curvdiag.spectrum.vectors import NON_FINITE, product, remove_components, row_dots, working_dtype
+
+if TYPE_CHECKING:
+    from curvdiag.spectrum.projection import Projection
 
 Reorthogonalize = Literal["none", "partial", "full"]
 Progress = Callable[[int, int], object]
@@ -25,14 +31,6 @@ Progress = Callable[[int, int], object]
 
 # A new direction shorter than this many roundings of the largest coefficient so far is rounding itself.
 BREAKDOWN = 8.0
-# On a CPU torch.dot of long float32 vectors has an error that grows with their length (about 1e-5 at 8e6 numbers,
-# and vector_norm's square 5e-4); over pieces of this length it stays at rounding level.
-PIECE = 1 << 18
-
-NON_FINITE = (
-    "a product of the operator with a finite vector holds NaN or infinite numbers; look at the loss, the weights "
-    "and the gradient of the probe batch for NaN, infinity or overflow"
-)
 
 
 class Position(NamedTuple):
@@ -78,6 +76,16 @@ class Tridiagonal:
             weights[i, :n] = vectors[0] ** 2 / np.sum(vectors[0] ** 2)
         return nodes, weights
 
+    def only(self, i: int) -> Tridiagonal:
+        """The run of start vector ``i`` alone, without its basis."""
+        position = self.position
+        if position is not None and len(self.norms) > 1:
+            previous, *rest = (None if part is None else part[i : i + 1].clone() for part in position)
+            position = Position(previous, *rest)  # type: ignore[arg-type]
+        one = slice(i, i + 1)
+        own = self.alphas[one], self.betas[one], self.norms[one], self.lengths[one]
+        return Tridiagonal(*own, None, self.matvecs // len(self.norms), position)
+
 
 def lanczos(
     op: Any,
@@ -87,6 +95,7 @@ def lanczos(
     reorthogonalize: Reorthogonalize = "none",
     progress: Progress | None = None,
     resumable: bool = False,
+    projection: Projection | None = None,
 ) -> Tridiagonal:
     """Run Lanczos from each row of ``starts`` ``[k, P]``, in lockstep.
 
@@ -106,6 +115,7 @@ def lanczos(
             are not offered: on a heavy-tailed spectrum in float32 orthogonality is lost between them.
         progress: Called after each step.
         resumable: Keep the last two vectors of each start, to go on from.
+        projection: Keeps the new vectors out of a subspace at the steps when it is due, for start vectors outside it.
 
     Raises:
         ArgumentError: Wrong shapes or options, a zero start vector, or a run that cannot go on.
@@ -124,60 +134,115 @@ def lanczos(
         raise ArgumentError('a run goes on from its last two vectors: it takes reorthogonalize="none"')
     steps, k = min(int(steps), operator.size), len(starts.norms if isinstance(starts, Tridiagonal) else starts)
     basis = None if reorthogonalize == "none" else _allocate(k, steps, operator, dtype)
-
-    previous: Tensor | None = None
-    if isinstance(starts, Tridiagonal):
-        done = starts.alphas.shape[1]
-        previous, current, beta, scale = _left_at(starts, operator, steps)
-        norms = torch.from_numpy(starts.norms).to(beta)
-    else:
-        done, current = 0, starts.detach().to(device=operator.device, dtype=dtype, copy=True).contiguous()
-        norms = row_dots(current, current).sqrt()
-        current.mul_((1 / norms).to(dtype)[:, None])
-        beta = scale = torch.zeros_like(norms)
-    alphas, betas = norms.new_zeros(steps, k), norms.new_zeros(steps, k)
-    if isinstance(starts, Tridiagonal):
-        alphas[:done], betas[:done] = (torch.from_numpy(old.T).to(norms) for old in (starts.alphas, starts.betas))
-    finite = torch.ones_like(norms, dtype=torch.bool)
-
-    for j in range(done, steps):
-        fresh = product(operator, current)
-        # Subtracting the older vector before taking the diagonal entry is the stable order (Paige 1972).
-        if previous is not None:
-            fresh.addcmul_(previous, beta.to(dtype)[:, None], value=-1)
-        alpha = row_dots(current, fresh)
-        fresh.addcmul_(current, alpha.to(dtype)[:, None], value=-1)
+    run = Recurrence(starts if isinstance(starts, Tridiagonal) else starts.to(operator.device, dtype), operator.size)
+    del starts  # a caller that gave them away needs no room for them
+    if run.done > steps:
+        raise ArgumentError(
+            f"this Lanczos run has taken {run.done} steps, more than the {steps} that it is to have taken"
+        )
+    if projection is not None:
+        run.scale = run.scale.clamp(min=projection.scale)
+    for j in range(run.done, steps):
+        against: Callable[[Tensor], None] | None = None
+        if projection is not None:
+            against = projection.at(j)
         if basis is not None:
-            basis[:, j] = current
-            for _ in range(2 if reorthogonalize == "full" else 1):
-                for i in range(k):
-                    remove_components(fresh[i], basis[i, : j + 1])
-        beta = row_dots(fresh, fresh).sqrt()
-        finite = finite & alpha.isfinite() & beta.isfinite()
-        scale = torch.maximum(scale, torch.maximum(alpha.abs(), beta))
-        alive = beta > BREAKDOWN * torch.finfo(dtype).eps * scale
-        beta = torch.where(alive, beta, 0.0)
-        alphas[j], betas[j] = alpha, beta
-        fresh.mul_(torch.where(alive, 1 / beta, 0.0).to(dtype)[:, None])
-        previous, current = current, fresh
+            basis[:, j] = run.current
+            passes = 2 if reorthogonalize == "full" else 1
+            against = functools.partial(_reorthogonalise, basis[:, : j + 1], passes, against)
+        run.advance(product(operator, run.current), against)
         if progress is not None:
             progress((j + 1) * k, steps * k)
+    return run.result(basis=basis, resumable=resumable)
 
-    if not bool((norms.isfinite() & (norms > 0)).all()):
-        raise ArgumentError("a start vector of Lanczos is zero, or holds NaN or infinite numbers")
-    if not bool(finite.all()):
-        raise NonFiniteError(NON_FINITE)
-    ended = (betas == 0).cpu().numpy()
-    lengths = np.where(ended.any(axis=0), ended.argmax(axis=0) + 1, steps)
-    return Tridiagonal(
-        alphas=alphas.T.cpu().numpy().astype(np.float64),
-        betas=betas.T.cpu().numpy().astype(np.float64),
-        norms=norms.cpu().numpy().astype(np.float64),
-        lengths=lengths,
-        basis=basis,
-        matvecs=steps * k,
-        position=Position(previous, current, beta, scale) if resumable else None,
-    )
+
+class Recurrence:
+    """Lockstep Lanczos under way: its caller makes the products, so that one loop can serve many matrices.
+
+    Nothing here waits for the device before :meth:`coefficients` or :meth:`result`.
+
+    Args:
+        starts: Start vectors ``[k, P]``, or a resumable run, which goes on. Left unchanged.
+        size: Order ``P`` of the matrix.
+
+    Attributes:
+        current: The vectors ``[k, P]`` to be multiplied next: of length 1, or zero where a Krylov space is exhausted.
+        done: Steps taken.
+
+    Raises:
+        ArgumentError: The run kept no vectors to go on from, or is of another order.
+    """
+
+    def __init__(self, starts: Tensor | Tridiagonal, size: int) -> None:
+        self.previous: Tensor | None = None
+        if isinstance(starts, Tridiagonal):
+            self.previous, self.current, self.beta, self.scale = _left_at(starts, size)
+            self.norms = torch.from_numpy(starts.norms).to(self.beta)
+            old = (list(torch.from_numpy(part.T.copy()).to(self.beta)) for part in (starts.alphas, starts.betas))
+            self.alphas, self.betas = old
+        else:
+            self.current = starts.detach().clone(memory_format=torch.contiguous_format)
+            self.norms = row_dots(self.current, self.current).sqrt()
+            self.current.mul_((1 / self.norms).to(self.current.dtype)[:, None])
+            self.beta = self.scale = torch.zeros_like(self.norms)
+            self.alphas, self.betas = [], []
+        self.finite = torch.ones_like(self.norms, dtype=torch.bool)
+
+    @property
+    def done(self) -> int:
+        return len(self.alphas)
+
+    def advance(self, fresh: Tensor, orthogonalise: Callable[[Tensor], None] | None = None) -> None:
+        """Take one step with the products ``[k, P]`` of :attr:`current`, which are overwritten and kept.
+
+        Args:
+            orthogonalise: Called with the new directions, before their lengths are taken, to clean them in place.
+        """
+        dtype, current = fresh.dtype, self.current
+        # Subtracting the older vector before taking the diagonal entry is the stable order (Paige 1972).
+        if self.previous is not None:
+            fresh.addcmul_(self.previous, self.beta.to(dtype)[:, None], value=-1)
+        alpha = row_dots(current, fresh)
+        fresh.addcmul_(current, alpha.to(dtype)[:, None], value=-1)
+        if orthogonalise is not None:
+            orthogonalise(fresh)
+        beta = row_dots(fresh, fresh).sqrt()
+        self.finite = self.finite & alpha.isfinite() & beta.isfinite()
+        self.scale = torch.maximum(self.scale, torch.maximum(alpha.abs(), beta))
+        alive = beta > BREAKDOWN * torch.finfo(dtype).eps * self.scale
+        self.beta = torch.where(alive, beta, 0.0)
+        self.alphas.append(alpha)
+        self.betas.append(self.beta)
+        fresh.mul_(torch.where(alive, 1 / self.beta, 0.0).to(dtype)[:, None])
+        self.previous, self.current = current, fresh
+
+    def coefficients(self) -> tuple[np.ndarray, np.ndarray]:
+        """Diagonals and off-diagonals ``[k, m]`` so far; this waits for the device."""
+        alphas, betas = (_on_host(torch.stack(part)).T for part in (self.alphas, self.betas))
+        return alphas, betas
+
+    def result(self, *, basis: Tensor | None = None, resumable: bool = False) -> Tridiagonal:
+        """The tridiagonal matrices so far; this waits for the device.
+
+        Raises:
+            ArgumentError: A start vector was zero or not finite.
+            NonFiniteError: A product was not finite.
+        """
+        if not bool((self.norms.isfinite() & (self.norms > 0)).all()):
+            raise ArgumentError("a start vector of Lanczos is zero, or holds NaN or infinite numbers")
+        if not bool(self.finite.all()):
+            raise NonFiniteError(NON_FINITE)
+        alphas, betas = self.coefficients()
+        ended = betas == 0
+        return Tridiagonal(
+            alphas=alphas,
+            betas=betas,
+            norms=_on_host(self.norms),
+            lengths=np.where(ended.any(axis=1), ended.argmax(axis=1) + 1, self.done),
+            basis=basis,
+            matvecs=self.done * len(self.norms),
+            position=Position(self.previous, self.current, self.beta, self.scale) if resumable else None,
+        )
 
 
 def largest_weight(alphas: list[float], betas: list[float], point: float) -> float:
@@ -200,59 +265,38 @@ def largest_weight(alphas: list[float], betas: list[float], point: float) -> flo
     return 1 / total
 
 
-def working_dtype(operator: LinearMap) -> torch.dtype:
-    """Vectors are never kept in less than single precision, whatever the operator computes in."""
-    return operator.dtype if operator.dtype in (torch.float32, torch.float64) else torch.float32
+def chance_of_hiding(weight: float, size: int) -> float:
+    """How likely a random start vector ``[size]`` has no more than ``weight`` of its squared length along a direction.
+
+    A component of a random unit vector is about normal with variance ``1 / size``. NaN where ``weight`` is.
+    """
+    return math.erf(math.sqrt(weight * size / 2))
 
 
-def product(operator: LinearMap, rows: Tensor) -> Tensor:
-    """``operator.apply(rows)`` as fresh contiguous rows that the caller may overwrite."""
-    result = operator.apply(rows.to(operator.dtype)).detach()
-    if result.shape != rows.shape:
-        raise ArgumentError(
-            f"the operator turns vectors of shape {tuple(rows.shape)} into {tuple(result.shape)}; "
-            "a square operator keeps the shape"
-        )
-    result = result.to(device=rows.device, dtype=rows.dtype).contiguous()
-    # An identity-like operator may hand its argument back.
-    return result.clone() if result.data_ptr() == rows.data_ptr() else result
-
-
-def row_dots(x: Tensor, y: Tensor) -> Tensor:
-    """Inner products ``[k]`` of corresponding rows, without temporaries, added up in float64."""
-    wide = torch.float32 if x.device.type == "mps" else torch.float64  # MPS has no float64
-    piece = PIECE if x.device.type == "cpu" and x.dtype == torch.float32 else max(1, x.shape[1])
-    return torch.stack([_dot(x[i], y[i], piece, wide) for i in range(len(x))])
-
-
-def remove_components(vector: Tensor, basis: Tensor) -> Tensor:
-    """Subtract from ``vector`` ``[P]``, in place, its components along the rows of ``basis``; returns them."""
-    components = torch.mv(basis, vector)
-    vector.addmv_(basis.T, components, alpha=-1)
-    return components
-
-
-def _dot(x: Tensor, y: Tensor, piece: int, wide: torch.dtype) -> Tensor:
-    if len(x) <= piece:
-        return torch.dot(x, y).to(wide)
-    parts = [torch.dot(a, b) for a, b in zip(x.split(piece), y.split(piece), strict=True)]
-    return torch.stack(parts).sum(dtype=wide)
-
-
-def _left_at(run: Tridiagonal, operator: LinearMap, steps: int) -> Position:
-    """Where a run can go on from, to ``steps`` in all.
+def _left_at(run: Tridiagonal, size: int) -> Position:
+    """Where a run with a matrix of order ``size`` can go on from.
 
     Raises:
         ArgumentError: It cannot.
     """
     if run.position is None:
         raise ArgumentError("this Lanczos run kept no vectors to go on from: make it with resumable=True")
-    order, done = run.position.current.shape[1], run.alphas.shape[1]
-    if order != operator.size:
-        raise ArgumentError(f"a Lanczos run with a matrix of order {order} cannot go on with one of {operator.size}")
-    if steps < done:
-        raise ArgumentError(f"this Lanczos run has taken {done} steps, more than the {steps} that it is to have taken")
+    order = run.position.current.shape[1]
+    if order != size:
+        raise ArgumentError(f"a Lanczos run with a matrix of order {order} cannot go on with one of {size}")
     return run.position
+
+
+def _reorthogonalise(basis: Tensor, passes: int, first: Callable[[Tensor], None] | None, fresh: Tensor) -> None:
+    if first is not None:
+        first(fresh)
+    for _ in range(passes):
+        for vector, older in zip(fresh, basis, strict=True):
+            remove_components(vector, older)
+
+
+def _on_host(tensor: Tensor) -> np.ndarray:
+    return tensor.cpu().numpy().astype(np.float64)
 
 
 def _allocate(k: int, steps: int, operator: LinearMap, dtype: torch.dtype) -> Tensor:

@@ -10,11 +10,17 @@ from torch import Tensor
 from curvdiag.operators.base import LinearMap
 from curvdiag.spectrum.eigenpairs import Eigenpairs, Which
 from curvdiag.spectrum.krylov import Subspace
-from curvdiag.spectrum.lanczos import Progress, largest_weight, working_dtype
+from curvdiag.spectrum.lanczos import Progress, chance_of_hiding, largest_weight
 from curvdiag.spectrum.probes import gaussian
+from curvdiag.spectrum.vectors import working_dtype
 
 # A look for missed pairs ends when one would have escaped it with at most this probability, or after so many steps.
 CHANCE, LOOK = 1e-2, 16
+# By default it looks for eigenvalues that stand out from the last wanted one by this part of the largest.
+NOTABLE = 0.01
+# The next Ritz pair has settled when its residual is at most this part of its distance from the wanted one. A hidden
+# eigenvalue further out would be passing through there.
+SETTLED = 0.4
 
 
 class Search:
@@ -30,16 +36,19 @@ class Search:
         limit: int,
         length: int,
         progress: Progress | None,
+        notable: float = NOTABLE,
     ) -> None:
         self.space, self.fresh, self.which, self.k = space, fresh, which, k
         self.tol, self.limit, self.length, self.progress = tol, limit, length, progress
+        self.notable = max(tol, notable)
         self.read()
 
-    def converge(self, quick: bool = False) -> bool:
+    def converge(self, quick: bool = False, next_too: bool = False) -> bool:
         """Expand until the wanted pairs have converged; False where the products ran out before.
 
         Args:
             quick: Take small residuals for convergence, without waiting for the values to stand still.
+            next_too: Wait for the pair after the wanted one to settle as well.
         """
         space = self.space
         before: Tensor | None = None
@@ -47,7 +56,7 @@ class Search:
             # Early on, a Ritz pair of the bulk can have a small residual while a larger eigenvalue is still
             # invisible; it then moves at the next step.
             still = quick or not space.pending or self._moved(before) <= self.bound
-            if self.settled and still:
+            if self.settled and still and (not next_too or not space.pending or self._next_settled()):
                 return True
             if space.matvecs >= self.limit:
                 return False
@@ -85,8 +94,7 @@ class Search:
                 return False
             alphas = space.projected.diag()[first:].tolist()
             weight = max(largest_weight(alphas, betas, end) for end in ends)
-            # A component of a random unit vector is about normal with variance 1 / dimension.
-            if math.erf(math.sqrt(weight * (operator.size - first) / 2)) <= CHANCE:
+            if chance_of_hiding(weight, operator.size - first) <= CHANCE:
                 return False
             space.aim(remainder)
         return False
@@ -94,13 +102,12 @@ class Search:
     def result(self) -> Eigenpairs:
         """The wanted pairs, sorted; rounding and any asymmetry of the products count into the residuals."""
         space, best = self.space, self.best
-        rounding = 4 * torch.finfo(space.dtype).eps * space.scale
-        residuals = (self.residuals[best].square() + space.defect**2 + rounding**2).sqrt()
+        residuals = space.bounds(self.residuals[best])
         return Eigenpairs(
             self.values[best],
             space.vectors(self.coefficients[:, best]).T,
             residuals,
-            residuals <= max(self.bound, rounding),
+            residuals <= max(self.bound, space.rounding),
             space.matvecs,
             self.which,
         )
@@ -115,18 +122,28 @@ class Search:
     def _ends(self) -> list[float]:
         """Where a missed eigenvalue would matter: at these points and further out."""
         values, low = self.values[self.best].tolist(), self.k // 2
+        aside = self.notable * float(self.values.abs().max())
         if self.which == "LM":
-            return [abs(values[-1]) + self.bound, -abs(values[-1]) - self.bound]
+            return [abs(values[-1]) + aside, -abs(values[-1]) - aside]
         if self.which == "SA":
-            return [values[-1] - self.bound]
+            return [values[-1] - aside]
         if self.which == "BE" and low:
-            return [values[-low - 1] + self.bound, values[-low] - self.bound]
-        return [values[-1] + self.bound]
+            return [values[-low - 1] + aside, values[-low] - aside]
+        return [values[-1] + aside]
 
     def _moved(self, before: Tensor | None) -> float:
         if before is None or len(before) != len(self.best):
             return math.inf
         return float((self.values[self.best] - before).abs().max())
+
+    def _next_settled(self) -> bool:
+        which = "LA" if self.which == "BE" else self.which  # of a single pair from both ends, which is the upper one
+        both = select(self.values, which, 2)
+        if len(both) < 2:
+            return False
+        values = self.values[both].abs() if self.which == "LM" else self.values[both]
+        gap = abs(float(values[0] - values[1]))
+        return float(self.residuals[both[1]]) <= max(SETTLED * gap, self.bound)
 
     def _expand(self) -> None:
         self.space.expand()

@@ -15,15 +15,18 @@ from torch import Tensor
 from curvdiag.errors import ArgumentError, NonFiniteError
 from curvdiag.estimate import Estimate
 from curvdiag.memory import free_bytes
+from curvdiag.modes import outside_modes
 from curvdiag.operators.base import LinearMap, linear_map
 from curvdiag.spectrum.density import square_root
-from curvdiag.spectrum.lanczos import NON_FINITE, Progress, product, row_dots, working_dtype
+from curvdiag.spectrum.lanczos import Progress
 from curvdiag.spectrum.probes import Seed, gaussian, rademacher, resolve_seed
+from curvdiag.spectrum.vectors import NON_FINITE, product, row_dots, working_dtype
 
 # Vectors that go into one product: enough to share a graph among, few enough to hold.
 GROUP = 8
 
 
+@outside_modes
 def trace(
     op: Any,
     *,
@@ -67,6 +70,7 @@ def trace(
     return estimate(run, probes, resolve_seed(seed))
 
 
+@outside_modes
 def diagonal(op: Any, probes: int = 24, seed: Seed = 0, *, progress: Progress | None = None) -> Estimate:
     """The diagonal of ``H``: the mean of ``z * (H z)`` over random signs ``z`` (Bekas, Kokiopoulou and Saad 2007).
 
@@ -92,6 +96,7 @@ def diagonal(op: Any, probes: int = 24, seed: Seed = 0, *, progress: Progress | 
     return Estimate(mean.numpy(), spread.sqrt().numpy(), seen)
 
 
+@outside_modes
 def frobenius_norm(op: Any, probes: int = 24, seed: Seed = 0, *, progress: Progress | None = None) -> Estimate:
     """``||H||_F``: the root of the mean of ``||H z||^2`` over random signs; the root's error to first order.
 
