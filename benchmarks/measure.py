@@ -16,6 +16,9 @@ from torch import Tensor
 
 Call = Callable[[], object]
 
+SETTLING = 0.1
+"""Seconds."""
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -93,8 +96,16 @@ def once(unit: Call, call: Call, count: int, *, repeats: int = 4) -> float:
     with NoCollection():
         before = seconds(unit, repeats)
         taken = seconds(call, 1, warm_up=False)
+        _settle(unit)
         after = seconds(unit, repeats)
     return 2 * taken / (before + after) / count
+
+
+def _settle(unit: Call) -> None:
+    """Let the machine come to rest: after seconds at full load, calls are slow for some tens of milliseconds."""
+    until = time.perf_counter() + SETTLING
+    while time.perf_counter() < until:
+        unit()
 
 
 class Pauses:
