@@ -29,9 +29,8 @@ class Projection:
     """The projection out of the span of orthonormal rows, and when to make it.
 
     Attributes:
-        parts: Rows ``[few, P]`` and the steps between two projections out of them: 0 projects at each step, 1 at every
-            second, and a larger one at two steps in a row after so many, since both vectors of the recurrence have to
-            be clean.
+        parts: Rows ``[few, P]`` and how many steps go by without a projection out of them; then it is made at two steps
+            in a row, since both vectors of the recurrence have to be clean. 0 projects at each step.
         scale: Size of the largest eigenvalue outside, against which the rest may be rounding.
     """
 
@@ -58,7 +57,7 @@ class Projection:
 
 def is_due(step: int, gap: int) -> bool:
     """Whether step ``step`` is followed by a projection."""
-    return step % (gap + (2 if gap > 1 else 1)) >= gap
+    return step % (gap + 2) >= gap
 
 
 @multiplication("ieee")  # whatever the process does with its own products
@@ -75,7 +74,7 @@ def take_out(vectors: Tensor, rows: Tensor) -> None:
 def plan_projection(rows: Tensor, values: np.ndarray, residuals: np.ndarray, rest: np.ndarray) -> Projection:
     """When to project out of Ritz vectors with these values and residuals, in a run that sees ``rest``."""
     gaps = gaps_between(values, residuals, rest, torch.finfo(rows.dtype).eps)
-    # Three kinds: at each step, at every second, and as seldom as all of the others allow.
+    # Three kinds: at each step, at two of three, and as seldom as all of the others allow.
     kinds = [gaps == 0, gaps == 1, gaps > 1]
     parts = []
     for kind in kinds:
@@ -104,4 +103,4 @@ def gaps_between(values: np.ndarray, residuals: np.ndarray, rest: np.ndarray, ep
     arrives = (eps * np.abs(values).max() + residuals) / (half / 2)
     room = np.log(allowed / np.maximum(arrives, 1e-300))
     free = 1 + np.floor(np.minimum(room / np.maximum(growth, 1e-12), LONGEST - 1))
-    return np.where(arrives > allowed, 0, np.where(free > 2, free, 1)).astype(np.int64)
+    return np.where(arrives > allowed, 0, free).astype(np.int64)
