@@ -17,7 +17,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	  { echo "curvdiag needs Python 3.11 or newer; say which: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[digits,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[all,dev,docs,notebooks]'
 	@touch $@
 
 demo: $(INSTALLED)  ## Train a small network with the monitor attached; pictures in runs/demo/

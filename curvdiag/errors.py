@@ -54,5 +54,9 @@ class UnwritableStoreError(StoreError):
     """A run file cannot be written at present: read-only, a full disk, held by another process."""
 
 
+class MissingExtraError(CurvdiagError, ImportError):
+    """A package of an optional part of curvdiag is not installed; the message gives the pip command."""
+
+
 class CurvdiagWarning(UserWarning):
     """Root of all warnings given by curvdiag."""
