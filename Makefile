@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+JOBS ?= 2
 BENCH_INSTALLED := $(VENV)/.installed-bench
 
-.PHONY: help install demo figures test test-long lint types format bench clean
+.PHONY: help install demo figures test test-long notebooks docs lint types format bench clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
@@ -31,11 +32,17 @@ figures: demo  ## Remake the pictures of the README and of docs/ (those of MNIST
 	  $(BIN)/curvdiag reproduce superlinear --out figures && $(BIN)/curvdiag reproduce lpnorm --out figures; \
 	  else echo "figures/superlinear.png and lpnorm.png stay as they are: CURVDIAG_DATA names no folder"; fi
 
-test: $(INSTALLED) lint types  ## Lint, types and the test suite
-	$(BIN)/python -m pytest
+test: $(INSTALLED) lint types  ## Lint, types, the test suite and the notebooks, JOBS files at a time
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --nbmake tests notebooks
 
 test-long: $(INSTALLED)  ## The tests that take minutes
 	$(BIN)/python -m pytest -m long
+
+notebooks: $(INSTALLED)  ## Run the notebooks again and keep their outputs
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --nbmake --overwrite notebooks
+
+docs: $(INSTALLED)  ## The documentation as pages, in site/
+	$(BIN)/mkdocs build --strict --quiet
 
 lint: $(INSTALLED)  ## Style and formatting
 	$(BIN)/ruff check .
@@ -56,4 +63,4 @@ bench: $(BENCH_INSTALLED)  ## Speed beside the other libraries, as ratios in one
 	$(BIN)/python benchmarks/run.py
 
 clean:  ## Remove the environment and everything that was made
-	rm -rf $(VENV) build dist *.egg-info runs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist site *.egg-info runs .pytest_cache .mypy_cache .ruff_cache

@@ -69,4 +69,6 @@ class Estimate(Result):
             return f"array of {np.size(self.value)} estimates from {self.samples} samples"
         if self.samples == 0:
             return f"{self.value:.6g} (exact)"
+        if self.samples == 1:
+            return f"{self.value:.6g} (1 sample, of unknown error)"
         return f"{self.value:.6g} ± {self.standard_error:.2g} ({self.samples} samples)"

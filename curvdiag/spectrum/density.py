@@ -152,6 +152,16 @@ class SpectralDensity(Result):
         known = float(np.sum(function(self.deflated))) / self.size
         return np.sum(self.weights * function(self.nodes), axis=1) + known
 
+    def __str__(self) -> str:
+        outliers = f", {len(self.deflated)} deflated" if len(self.deflated) else ""
+        return (
+            f"density of {self.size:,} eigenvalues in [{self.lambda_min:.4g}, {self.lambda_max:.4g}]{outliers}\n"
+            f"  trace           {self.trace()}\n"
+            f"  Frobenius norm  {self.frobenius_norm()}\n"
+            f"  {self.probes} probe{'s' * (self.probes != 1)} of {self.steps} steps, {self.matvecs} products"
+            + (f"; {self.note}" if self.note else "")
+        )
+
     def _support(self) -> np.ndarray:
         return np.concatenate([self.nodes[self.weights > 0], self.deflated])
 
