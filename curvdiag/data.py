@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
+import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from curvdiag.errors import DataError, TooLargeError
 from curvdiag.memory import free_bytes, human_bytes
@@ -99,6 +102,43 @@ def _read(batches: Any, keep_bytes: int) -> tuple[list[Batch], list[str]]:
     if not kept:
         raise DataError(f"there is no batch in the {type(batches).__name__}")
     return kept, notes
+
+
+def first_batches(loader: DataLoader, count: int, *, seed: int = 0) -> list[Batch]:
+    """The first batches of a DataLoader that a training may be walking, drawn with ``seed`` where it shuffles.
+
+    It is read by a copy without workers, and every random state is restored; the same ``seed`` gives the same batches
+    in another process. A sampler with an ``epoch`` is read as in its first.
+
+    Raises:
+        DataError: Reading would take the batches away from the training, or there are none.
+    """
+    dataset = getattr(loader, "dataset", None)
+    if isinstance(dataset, IterableDataset) and hasattr(dataset, "__next__"):
+        raise DataError(
+            f"{type(dataset).__name__} is its own iterator, and what is read from it is gone for the training: give "
+            "batches of your own"
+        )
+    generators = _generators(loader)
+    samplers: list[Any] = [getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)]
+    epochs = [(one, one.epoch) for one in samplers if isinstance(getattr(one, "epoch", None), int)]
+    with random_states(*generators):
+        random.seed(seed)
+        np.random.seed(seed)  # noqa: NPY002 - data sets draw from the global state
+        torch.default_generator.manual_seed(seed)  # manual_seed would seed devices that are yet to wake
+        for generator in generators:
+            if generator is not None:
+                generator.manual_seed(seed)
+        try:
+            for sampler, _ in epochs:
+                sampler.epoch = 0
+            found = list(itertools.islice(_without_workers(loader), count))
+        finally:
+            for sampler, epoch in epochs:
+                sampler.epoch = epoch
+    if not found:
+        raise DataError(f"there is no batch in the {type(loader).__name__}")
+    return found
 
 
 def _copy(tensor: Tensor) -> Tensor:

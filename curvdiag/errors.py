@@ -54,6 +54,10 @@ class UnwritableStoreError(StoreError):
     """A run file cannot be written at present: read-only, a full disk, held by another process."""
 
 
+class CheckpointError(CurvdiagError):
+    """A checkpoint cannot be read, or does not fit the model; the message says why."""
+
+
 class MissingExtraError(CurvdiagError, ImportError):
     """A package of an optional part of curvdiag is not installed; the message gives the pip command."""
 

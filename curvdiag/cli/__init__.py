@@ -11,14 +11,18 @@ import typer
 
 from curvdiag.cli.demo import demo
 from curvdiag.cli.export import export
+from curvdiag.cli.measure import measure
 from curvdiag.cli.plot import plot
+from curvdiag.cli.report import report
 from curvdiag.cli.reproduce import Listing, reproduce
 from curvdiag.cli.runs import runs
 from curvdiag.cli.scaling import scaling
+from curvdiag.cli.scan import scan
 from curvdiag.cli.verify import verify
+from curvdiag.cli.watch import watch
 from curvdiag.errors import CurvdiagError
 
-COMMANDS = (demo, plot, runs, export, verify, scaling)
+COMMANDS = (demo, measure, scan, plot, runs, export, report, watch, verify, scaling)
 
 app = typer.Typer(
     name="curvdiag",

@@ -75,7 +75,7 @@ class OverheadBudget:
             raise ArgumentError(f"OverheadBudget takes a fraction between 0 and 1, not {self.fraction}")
 
     def __call__(self, step: int) -> bool:
-        if self.measuring == 0:
+        if self.expected == 0:
             return True
         since = self.elapsed - self.ended + self.expected
         in_all = self.measuring + self.expected <= self.fraction * (self.elapsed + self.expected)
@@ -85,12 +85,13 @@ class OverheadBudget:
         """Learn how long the run has lasted, how much of it went into measuring, and what the last one took.
 
         All in seconds. The next measurement is expected to take as long as the dearer of the last and the mean of
-        the two before it, so that one slow measurement does not stop all others.
+        the two before it, so that one slow measurement does not stop all others. Less time than the last one took is
+        what loggers needed for numbers between two: it counts, but is no measurement.
         """
-        if measuring > self.measuring:
+        grown, self.measuring = measuring - self.measuring, measuring
+        if last > 0 and grown >= 0.99 * last:
             self.expected = max(last, (self.expected + last) / 2)
             self.ended = min(elapsed, self.elapsed + last)
-            self.measuring = measuring
         self.elapsed = elapsed
 
     def state_dict(self) -> dict[str, float]:

@@ -12,7 +12,7 @@ class Clock:
     """Seconds of wall time since the start, carried over restarts.
 
     Attributes:
-        measuring: Seconds that went into measurements.
+        measuring: Seconds that went into measurements and their loggers.
         last: Seconds that the last one took.
     """
 
@@ -42,6 +42,18 @@ class Clock:
         finally:
             self.last = time.perf_counter() - began
             self.measuring += self.last
+
+    @contextmanager
+    def logging_time(self, *, of_last: bool = False) -> Iterator[None]:
+        """Count what happens inside as measuring: with ``of_last`` as a part of the last measurement."""
+        self.start()
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            seconds = time.perf_counter() - began
+            self.measuring += seconds
+            self.last += seconds if of_last else 0.0
 
     def state_dict(self) -> dict[str, Any]:
         return {"elapsed": self.elapsed, "measuring": self.measuring, "last": self.last}

@@ -6,7 +6,7 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -15,7 +15,9 @@ from torch.optim import Optimizer
 
 from curvdiag.errors import ArgumentError, CurvdiagWarning
 from curvdiag.monitor.cadence import Cadence, Every, LogSpaced, OverheadBudget
+from curvdiag.monitor.description import describe
 from curvdiag.monitor.follower import Follower
+from curvdiag.monitor.loggers import Logger, Loggers
 from curvdiag.monitor.measurement import Measurement, measure
 from curvdiag.monitor.price import Price
 from curvdiag.monitor.recorder import Recorder
@@ -97,6 +99,8 @@ class CurvatureMonitor(Follower):
             measurement after a resume is a cold one, so its value may differ within ``tol``; a monitor that a schedule
             follows measures cold, so that a resumed run takes the same steps. Where a function hands the measurements
             to a schedule, give ``warm=False``.
+        loggers: Told of the run as it goes: those of :mod:`curvdiag.loggers`, or functions of ``(step, dict)``. One
+            that fails is warned about once and left out from then on. Their time counts as measuring.
 
     Raises:
         ArgumentError: Arguments that mean nothing, or ``preset`` and ``measure`` together.
@@ -127,6 +131,7 @@ class CurvatureMonitor(Follower):
         strict: bool = False,
         hessian: Mapping[str, Any] | None = None,
         warm: bool = True,
+        loggers: Sequence[Logger | Callable[[int, dict[str, float]], object]] = (),
     ) -> None:
         if every is not None and cadence is not None:
             raise ArgumentError("give every= or cadence=, not both")
@@ -147,6 +152,7 @@ class CurvatureMonitor(Follower):
         self._config = dict(config or {})
         self._warned: set[str] = set()
         self._recorder = Recorder(store, name, self._description, strict=strict, warn=self._warn)
+        self._loggers = Loggers(loggers, self.clock, self._introduction, self._logger_failed, strict=strict)
         self._closed = False
 
     def attach(self, optimizer: Optimizer) -> Self:
@@ -180,6 +186,7 @@ class CurvatureMonitor(Follower):
                 self._failed("measurement", error)
         if measurement is not None:
             self.history.append(measurement)
+            self._loggers.log(measurement)
             self._warn_of_price()
         return measurement
 
@@ -251,6 +258,7 @@ class CurvatureMonitor(Follower):
             self.recorded.append((self.steps_done, {}))
         self.recorded[-1][1].update(numbers)
         self._recorder.numbers(self.steps_done, numbers, self._present_epoch())
+        self._loggers.numbers(self.steps_done, numbers)
 
     @property
     def latest(self) -> Measurement | None:
@@ -273,25 +281,19 @@ class CurvatureMonitor(Follower):
         return self._closed
 
     def _description(self) -> dict[str, Any]:
-        settings = self.settings
-        return {
-            **self._config,
-            "curvdiag": {
-                "objective": repr(self.objective),
-                "cadence": repr(self.cadence),
-                "preset": settings.preset,
-                "measure": list(settings.quantities),
-                "steps": settings.steps,
-                "probes": settings.probes,
-                "tol": settings.tol,
-                "seed": settings.seed,
-                "hessian": {key: str(value) for key, value in settings.hessian.items()},
-            },
-        }
+        return describe(self._config, self.objective, self.settings, self.cadence)
+
+    def _introduction(self) -> tuple[str, dict[str, Any]]:
+        return self._recorder.name, self._description()
 
     def _failed(self, what: str, error: Exception) -> None:
         message = f"{type(error).__name__}: {error}"
         self._warn(what, f"the {what} at step {self.steps_done} failed and training goes on. {message}")
+        self._recorder.event(self.steps_done, "error", message, self._present_epoch())
+
+    def _logger_failed(self, logger: Logger, error: Exception) -> None:
+        message = f"the logger {logger!r} failed and is left out from now on. {type(error).__name__}: {error}"
+        self._warn(message, f"at step {self.steps_done} {message}; training goes on")
         self._recorder.event(self.steps_done, "error", message, self._present_epoch())
 
     def _warn(self, kind: str, message: str) -> None:
@@ -300,10 +302,13 @@ class CurvatureMonitor(Follower):
             warnings.warn(message, CurvdiagWarning, stacklevel=5)
 
     def close(self) -> None:
-        """Detach, and close the run file if the monitor opened it."""
+        """Detach, close the loggers, and the run file if the monitor opened it."""
         self._closed = True
         self.detach()
-        self._recorder.close()
+        try:
+            self._loggers.close()
+        finally:
+            self._recorder.close()
 
     def __enter__(self) -> CurvatureMonitor:
         self.clock.start()
@@ -332,7 +337,8 @@ class CurvatureMonitor(Follower):
         self.clock.load_state_dict(state["clock"])
         if state["cadence"] is not None and hasattr(self.cadence, "load_state_dict"):
             self.cadence.load_state_dict(state["cadence"])
-        self._recorder.load_state_dict(state, self.steps_done)
+        run = self._recorder.load_state_dict(state, self.steps_done)
+        self._loggers.resume(self.steps_done, run)
         self._warm.forget()
 
     def __repr__(self) -> str:

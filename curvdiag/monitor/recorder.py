@@ -54,6 +54,11 @@ class Recorder:
             return None
 
     @property
+    def name(self) -> str:
+        """Of the run: as the store has it once it has begun, as given before; else ``"curvdiag"``."""
+        return self._run.name if self._run is not None else self._name or "curvdiag"
+
+    @property
     def run(self) -> Run | None:
         """The run, begun when it is first asked for."""
         if self._run is None and self.store is not None:
@@ -132,20 +137,24 @@ class Recorder:
             "recorded": beside,
         }
 
-    def load_state_dict(self, state: Mapping[str, Any], step: int) -> None:
-        """Continue the same run from ``step``; where the store does not hold it, a new one is begun, with a warning."""
+    def load_state_dict(self, state: Mapping[str, Any], step: int) -> Run | None:
+        """Continue the same run from ``step``, and return it.
+
+        Where the store does not hold it, a new one is begun, with a warning.
+        """
         if state["run"] is None or self.store is None:
-            return
+            return None
         try:
             known = {info.id: info.name for info in self.store.runs()}
             if known.get(state["run"]) == state["run_name"]:
                 self._run = self.store.resume(state["run"], step=step)
                 recorded = state.get("recorded", {"step": -1, "scalars": {}})
                 self._beside = recorded["step"], dict(recorded["scalars"])
-                return
+                return self._run
         except StoreError as error:
             if self.strict:
                 raise
             self._warn("store", f"{error}; the run cannot be continued, and a new one is begun")
-            return
+            return None
         self._warn("resume", f"the store holds no run {state['run_name']!r} to continue; a new one is begun")
+        return None

@@ -1,0 +1,316 @@
+"""CurvatureCallback for Lightning: the curvature of a model, measured while a Trainer fits it."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, TypeAlias
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from curvdiag.errors import ArgumentError, CurvdiagError, CurvdiagWarning
+from curvdiag.integrations.common import Groups, Schedules, Session, Store, groups_of
+from curvdiag.integrations.lightning_bases import remade, with_bases
+from curvdiag.integrations.training_step import training_step_objective
+from curvdiag.monitor import CurvatureMonitor
+from curvdiag.objective import Objective
+from curvdiag.sandbox import random_states
+from curvdiag.schedules import PScheduler
+
+MakeObjective: TypeAlias = Callable[[Any, Any], Objective]
+"""``objective(pl_module, trainer)``, called when the training begins, with the module on its device."""
+
+SHARDED = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy", "XLAFSDPStrategy")
+
+
+class CurvatureCallback:
+    """Measures curvature while a Lightning Trainer fits, of ``lightning`` and of ``pytorch_lightning`` alike.
+
+    ::
+
+        trainer = Trainer(callbacks=[CurvatureCallback(store="run.db")])
+
+    Training ends with the same bits as without it. It measures after the optimizer steps that the cadence chooses: real
+    steps, whatever the accumulation, and not those that mixed precision skips. Numbers go into the run file, with the
+    keys of :class:`~curvdiag.monitor.CurvatureMonitor`, to the trainer's loggers, and on one process into its
+    ``callback_metrics``, where ``ModelCheckpoint(monitor="curv/hessian/lambda_max")`` finds them. Checkpoints hold its
+    state: a resumed training continues the same run, and without a checkpoint each training begins a new one.
+
+    Without ``objective`` the loss is what ``training_step`` returns on the first few batches of the training's loader,
+    in eval mode, its calls of ``self.log`` left out. Each batch gives one number, so quantities of the gradient noise
+    need an objective with a loss for each sample::
+
+        CurvatureCallback(lambda module, trainer: Objective(module.net, nn.CrossEntropyLoss(), probe_batch))
+
+    Any strategy on one device, and DDP: the first process measures and writes, the others wait for it at their next
+    exchange of gradients, up to the timeout of the process group. ``fast_dev_run`` writes no file, as Lightning then
+    writes no logs.
+
+    Args:
+        objective: What is measured; or ``objective(pl_module, trainer)``, which makes it, called when the training
+            begins, with the module on its device; or None for the loss of ``training_step``.
+        store: Path of the run file, an open RunStore, or None to keep measurements in memory only.
+        schedules: ``schedules(optimizer, monitor)`` gives a schedule of curvdiag, of ``p`` or of the learning rate, or
+            a list of them, with ``step()`` without arguments. They are stepped after each optimizer step, after the
+            measurement, by this callback: do not return them from ``configure_optimizers``. What they choose is
+            recorded into the run. With DDP the objective is made on every process, with the same batches, since a
+            schedule may measure by itself.
+        log: Send numbers to the trainer's loggers and metrics.
+        batches: Batches of the training's loader that the loss of ``training_step`` is measured on.
+        optimizer: Number of the optimizer whose steps count, where there are several; by default the one with most
+            of the objective's parameters.
+        monitor_arguments: Of :class:`~curvdiag.monitor.CurvatureMonitor`: ``every=100``, ``preset="light"``, ... Two
+            callbacks in one trainer need two names, ``name=``.
+
+    Raises:
+        MissingExtraError: Neither package is installed.
+
+    Attributes:
+        monitor: The monitor of the present or last training; None before the first, and where another process measures.
+        schedules: What ``schedules=`` made, in that training.
+    """
+
+    given_as: ClassVar[type]  # without the base of a package
+
+    def __new__(cls, *arguments: Any, **options: Any) -> CurvatureCallback:
+        return object.__new__(with_bases(cls))
+
+    def __init__(
+        self,
+        objective: Objective | MakeObjective | None = None,
+        store: Store = None,
+        *,
+        schedules: Schedules | None = None,
+        log: bool = True,
+        batches: int = 4,
+        optimizer: int | None = None,
+        **monitor_arguments: Any,
+    ) -> None:
+        given = objective is None or isinstance(objective, Objective) or callable(objective)
+        if not given or isinstance(objective, nn.Module):
+            wanted = "an Objective or a function (pl_module, trainer) -> Objective"
+            hint = "; the run file is store=" if isinstance(objective, str | os.PathLike) else ""
+            raise ArgumentError(f"objective= is {wanted}, not a {type(objective).__name__}{hint}")
+        if batches < 1:
+            raise ArgumentError(f"batches is a number of batches, at least 1, not {batches}")
+        self._objective, self._store, self._schedules, self._log = objective, store, schedules, log
+        self._batches, self._optimizer, self._arguments = batches, optimizer, monitor_arguments
+        self._session: Session | None = None
+        self._begun_with: list[Groups] = []
+        self._state: dict[str, Any] | None = None
+        self._losses: list[Tensor] = []
+        self._mute: set[int] = set()
+
+    @property
+    def monitor(self) -> CurvatureMonitor | None:
+        return None if self._session is None else self._session.monitor
+
+    @property
+    def schedules(self) -> list[Any]:
+        return [] if self._session is None else list(self._session.schedules)
+
+    # The training begins
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        if stage != "fit":
+            return
+        for kind in type(trainer.strategy).__mro__:
+            if kind.__name__ in SHARDED:
+                raise ArgumentError(
+                    f"CurvatureCallback cannot measure under {type(trainer.strategy).__name__}, which gives each "
+                    "process a part of the weights only: use one device or DDP, or measure the checkpoints afterwards"
+                )
+        self._state = None
+        if self._session is not None and trainer.global_step > 0:  # fit goes on, with new optimizers, as Lightning does
+            self._state = {"monitor": self._session.monitor.state_dict()}
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        # A checkpoint, if there is one, has not reached the optimizers yet.
+        self._begun_with = [groups_of(optimizer) for optimizer in trainer.optimizers]
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self._close()
+        self._session, self._losses, self._mute = None, [], set()
+        several, failure = trainer.world_size > 1, None
+        together = several and self._schedules is not None
+        try:
+            if trainer.is_global_zero or together:
+                with random_states():  # a function of the user's may draw
+                    self._session = self._begun(trainer, pl_module, together)
+                self._warn_of_two_rates(trainer)
+        except Exception as error:
+            failure = error
+        well = failure is None
+        if several:  # the others would wait for a process that has ended
+            well = trainer.strategy.reduce_boolean_decision(well, all=True)
+        if failure is not None:
+            raise failure
+        if not well:
+            raise CurvdiagError("another process could not begin to measure, and its own error says why")
+
+    def _begun(self, trainer: Any, module: Any, together: bool) -> Session | None:
+        objective = self._made(module, trainer, shared=together)
+        number = self._number(trainer.optimizers, objective)
+        if number is None:
+            message = "there is no optimizer whose steps could be followed, and nothing is measured"
+            warnings.warn(message, CurvdiagWarning, stacklevel=3)
+            return None
+        arguments = dict(self._arguments)
+        if trainer.fast_dev_run:
+            arguments.pop("loggers", None)
+        if "config" not in arguments and getattr(module, "hparams", None):
+            arguments["config"] = {"hparams": dict(module.hparams)}
+        return Session(
+            objective,
+            trainer.optimizers[number],
+            None if trainer.fast_dev_run else self._store,
+            schedules=self._schedules,
+            arguments=arguments,
+            begun_with=self._begun_with[number] if number < len(self._begun_with) else None,
+            state=self._state,
+            steps_done=_batches_that_stepped(trainer),
+            share=(lambda measurement: trainer.strategy.broadcast(measurement, src=0)) if together else None,
+            measures=trainer.is_global_zero,
+        )
+
+    def _warn_of_two_rates(self, trainer: Any) -> None:
+        ours = [type(one).__name__ for one in self.schedules if not isinstance(one, PScheduler)]
+        theirs = [type(config.scheduler).__name__ for config in trainer.lr_scheduler_configs]
+        if ours and theirs:
+            message = (
+                f"{', '.join(theirs)} of configure_optimizers and {', '.join(ours)} of schedules= both move the "
+                "learning rate, and the first may undo what the second chooses: give one of them only"
+            )
+            warnings.warn(message, CurvdiagWarning, stacklevel=3)
+
+    def _made(self, module: Any, trainer: Any, *, shared: bool) -> Objective:
+        if isinstance(self._objective, Objective):
+            made = self._objective
+        elif self._objective is not None:
+            made = self._objective(module, trainer)
+            if not isinstance(made, Objective):
+                raise ArgumentError(f"objective= is a function that returns an Objective, not {type(made).__name__}")
+        else:
+            seed = int(self._arguments.get("seed", 0))
+            made = training_step_objective(module, trainer, batches=self._batches, seed=seed, shared=shared)
+        if trainer.world_size > 1 and made.mode == "train" and _synchronizes(made.model):
+            raise ArgumentError(
+                "SyncBatchNorm in mode='train' waits for all processes, and only one of them measures: use mode='eval'"
+            )
+        return made
+
+    def _number(self, optimizers: Sequence[Optimizer], objective: Objective) -> int | None:
+        """Which optimizer to follow; None where there is none."""
+        if self._optimizer is not None:
+            if not 0 <= self._optimizer < len(optimizers):
+                raise ArgumentError(f"optimizer={self._optimizer}, and the module has {len(optimizers)} optimizers")
+            return self._optimizer
+        wanted = dict(objective.model.named_parameters(remove_duplicate=False))
+        chosen = {id(wanted[name]): wanted[name].numel() for name in objective.parameters.names}
+        held = [
+            sum(chosen.get(id(parameter), 0) for group in optimizer.param_groups for parameter in group["params"])
+            for optimizer in optimizers
+        ]
+        real = [index for index, optimizer in enumerate(optimizers) if optimizer.param_groups]
+        return max(real, key=lambda index: held[index], default=None)
+
+    # While it goes on
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if self.monitor is not None:  # what is measured in this batch belongs to its end
+            share = (batch_idx + 1) / trainer.num_training_batches  # zero of infinitely many
+            self.monitor.epoch(trainer.current_epoch + share)
+
+    def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
+        if self._session is None:
+            return
+        found = loss.detach().clone()
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        if scaler is not None:
+            found /= scaler.scale(found.new_ones(()))
+        if not pl_module.automatic_optimization:
+            self._losses.clear()  # of several losses the one of the last backward pass belongs to the step
+        self._losses.append(found)
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Optimizer) -> None:
+        if self._session is None or optimizer is not self._session.optimizer or not self._losses:
+            return
+        loss = self._losses[0] if len(self._losses) == 1 else sum(self._losses[1:], self._losses[0]) / len(self._losses)
+        if pl_module.automatic_optimization:  # which has divided each by the number of batches
+            loss = loss * trainer.accumulate_grad_batches
+        self._losses.clear()
+        self._session.monitor.observe_loss(loss)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        numbers = self._tell(trainer)
+        if numbers and trainer.world_size == 1:  # other processes have no such metric, and would wait for it
+            pl_module.log_dict(numbers, logger=False, on_step=True, on_epoch=False)
+
+    def _tell(self, trainer: Any) -> dict[str, float]:
+        """Give the loggers what is new."""
+        if self._session is None:
+            return {}
+        told: dict[str, float] = {}
+        for _, numbers in self._session.news():
+            told.update((key, value) for key, value in numbers.items() if key != "train/loss")  # the user logs that
+        if not told or not self._log:
+            return {}
+        step = _batches_that_stepped(trainer) + 1  # the trainer counts this batch later
+        for logger in trainer.loggers:
+            if id(logger) in self._mute:
+                continue
+            try:
+                logger.log_metrics(told, step=step)
+            except Exception as error:
+                self._mute.add(id(logger))
+                message = f"{type(logger).__name__} failed and gets no more curvature: {type(error).__name__}: {error}"
+                warnings.warn(message, CurvdiagWarning, stacklevel=3)
+        return told
+
+    # The training ends
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        self._tell(trainer)
+        self._close()
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        if stage == "fit":
+            self._close()
+
+    def _close(self) -> None:
+        if self._session is not None:
+            self._session.close()
+
+    # Checkpoints
+
+    @property
+    def state_key(self) -> str:
+        """The same in both packages."""
+        name = self._arguments.get("name")
+        return "curvdiag.CurvatureCallback" + (f"[{name}]" if name else "")
+
+    def state_dict(self) -> dict[str, Any]:
+        return (self._state or {}) if self._session is None else self._session.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._state = dict(state_dict)  # taken up when the training begins
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """To other processes goes what was given, and no training."""
+        state = {name: value for name, value in vars(self).items() if name not in ("log", "log_dict")}  # the trainer's
+        return (
+            remade,
+            (getattr(self, "given_as", type(self)),),
+            {**state, "_session": None, "_losses": [], "_mute": set()},
+        )
+
+
+def _batches_that_stepped(trainer: Any) -> int:
+    """The step axis of the trainer's loggers."""
+    return int(getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", trainer.global_step))
+
+
+def _synchronizes(model: nn.Module) -> bool:
+    return any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())

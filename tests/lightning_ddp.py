@@ -1,0 +1,102 @@
+"""Run by test_lightning_ddp in two processes: trainings under DDP, and what each process saw of them, as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+from lightning_runs import FAST, fit, loader, module, package
+from torch.nn import functional as F
+from torchmetrics.classification import MulticlassAccuracy
+
+from curvdiag.errors import ArgumentError, CurvdiagError, CurvdiagWarning
+from curvdiag.integrations.lightning import CurvatureCallback
+from curvdiag.optim import LPSGD
+from curvdiag.schedules import AnisotropyP
+
+
+def main(folder: Path, cases: list[str]) -> None:
+    warnings.filterwarnings("ignore", category=CurvdiagWarning, message="measuring every")
+    rank = int(os.environ["LOCAL_RANK"])
+    found = {case: CASES[case](folder) for case in cases}
+    (folder / f"rank{rank}.json").write_text(json.dumps(found))
+
+
+def step(net, batch, index):
+    """Everything in it that would wait for the other process, were it run as it is by one of them alone."""
+    outputs = net(batch[0])
+    net.metric.update(outputs, batch[1])
+    net.log("accuracy", net.metric.compute())
+    loss = F.cross_entropy(outputs, batch[1])
+    net.log("train_loss", loss, sync_dist=True)
+    return loss
+
+
+def train(callbacks, **options):
+    pl = package()
+    net = module(pl, lambda net: LPSGD(net.parameters(), lr=0.02, p=6.0), step, metric=MulticlassAccuracy(3))
+    ddp = {"strategy": "ddp", "devices": 2, "use_distributed_sampler": True}
+    made, net = fit(pl, callbacks, net, loader(), **ddp, **options)
+    # Buffers are each process's own: BatchNorm averages over the samples that it saw.
+    weights, buffers = ([tensor.tolist() for tensor in tensors] for tensors in (net.parameters(), net.buffers()))
+    return made, {"weights": weights, "own": [buffers, torch.get_rng_state().tolist()]}
+
+
+def bare(folder):
+    return train([])[1]
+
+
+def watched(folder):
+    callback = CurvatureCallback(store=folder / "watched.db", every=2, **FAST)
+    _, found = train([callback])
+    monitor = callback.monitor
+    return {**found, "steps": None if monitor is None else [one.step for one in monitor.history]}
+
+
+def homeless(folder):
+    """Only the first process opens the run file, and here it cannot."""
+    try:
+        train([CurvatureCallback(store=folder / "missing" / "run.db", **FAST)])
+    except CurvdiagError as error:
+        return str(error)
+    return ""
+
+
+def followed(folder, **options):
+    def schedules(optimizer, monitor):
+        return AnisotropyP(optimizer, monitor, smoothing=0.7)
+
+    callback = CurvatureCallback(store=folder / "scheduled.db", schedules=schedules, every=2, probes=1, steps=12)
+    made, found = train([callback], **options)
+    made.save_checkpoint(folder / "last.ckpt")
+    history = [dict(one.chosen) for one in callback.schedules[0].history]
+    batches = [float(batch[0].double().sum()) for batch in callback.monitor.objective.batches]
+    return {**found, "history": history, "p": made.optimizers[0].param_groups[0]["p"], "batches": batches}
+
+
+def scheduled(folder):
+    return followed(folder)
+
+
+def resumed(folder):
+    return followed(folder, max_epochs=3, ckpt_path=folder / "last.ckpt")
+
+
+def clocked(folder):
+    """A cadence that the other process cannot know."""
+    callback = CurvatureCallback(schedules=lambda optimizer, monitor: AnisotropyP(optimizer, monitor))
+    try:
+        train([callback])
+    except ArgumentError as error:
+        return str(error)
+    return ""
+
+
+CASES = {one.__name__: one for one in (bare, watched, homeless, scheduled, resumed, clocked)}
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
