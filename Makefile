@@ -42,7 +42,7 @@ notebooks: $(INSTALLED)  ## Run the notebooks again and keep their outputs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --nbmake --overwrite notebooks
 
 docs: $(INSTALLED)  ## The documentation as pages, in site/
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 lint: $(INSTALLED)  ## Style and formatting
 	$(BIN)/ruff check .
