@@ -94,6 +94,17 @@ class Objective:
         objective._set_up(model, FunctionLoss(loss, weight), kept, notes, params, mode)
         return objective
 
+    @classmethod
+    def from_huggingface(cls, model: nn.Module, batches: Any, **options: Any) -> Objective:
+        """A Transformers model's own loss on collated batches (dicts with labels), a weight for each sequence.
+
+        Options: ``label_smoothing``, ``params``, ``mode``, ``keep_bytes``; see
+        :func:`curvdiag.language_models.huggingface_objective`, which this is.
+        """
+        from curvdiag.language_models import huggingface_objective  # which builds on this class
+
+        return huggingface_objective(model, batches, **options)
+
     def _set_up(
         self,
         model: nn.Module,
@@ -299,8 +310,8 @@ class Objective:
 
     def __repr__(self) -> str:
         return (
-            f"Objective({type(self.model).__name__}, {self.size:,} samples in {len(self.batches)} batches, "
-            f"{self.parameters.size:,} parameters, mode={self.mode!r})"
+            f"Objective({type(self.model).__name__}, {self.size:,} samples in {len(self.batches)} "
+            f"batch{'es' * (len(self.batches) > 1)}, {self.parameters.size:,} parameters, mode={self.mode!r})"
         )
 
 

@@ -57,6 +57,8 @@ def sandbox(model: nn.Module, mode: Mode, device: torch.device, *, twice: bool) 
                 stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         stack.enter_context(_attributes(model))
         for module in model.modules():
+            if (plain := vars(module).get("_original_forward")) is not None:  # accelerate's has an autocast of its own
+                module.forward = plain
             if getattr(module, "sparse", None) is True:  # sparse gradients cannot be differentiated again
                 module.sparse = False  # type: ignore[assignment]
             if mode == "eval" and module.training:  # assigning to a module is slow
