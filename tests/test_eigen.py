@@ -10,7 +10,9 @@ from scipy.sparse import csr_matrix
 from scipy.sparse.linalg import aslinearoperator
 
 from curvdiag.errors import ArgumentError, NonFiniteError
+from curvdiag.operators.base import linear_map
 from curvdiag.spectrum import power_iteration, top_eigenpairs
+from curvdiag.spectrum.eigen import search_eigenpairs
 
 
 def expected(eigenvalues, which, k):
@@ -90,6 +92,51 @@ def test_copies_are_found_whatever_the_spectrum(which, tol):
         error = (pairs.values.sort().values - expected(values, which, 5).sort().values).abs().max()
         missed += bool(error > 0.02 * values.abs().max())
     assert missed == 0  # the check promises at most one in a hundred looks
+
+
+def test_near_copies_among_ten_pairs_of_a_heavy_tail_are_found():
+    missed = 0
+    for seed in range(48):
+        values = heavy_tailed(300, 12 + seed % 8, seed % 5)
+        values[-1 - seed % 3] = values[seed // 3 % 9] - 50 * (0, 1e-4, 3e-3, 1e-2)[seed % 4]
+        pairs = top_eigenpairs(torch.diag(values), 10, tol=1e-3, seed=seed)
+        missed += bool((pairs.values - expected(values, "LA", 10)).abs().max() > 0.02 * 50)
+    assert missed == 0
+
+
+def test_what_given_start_vectors_do_not_hold_is_looked_for_down_to_the_last_wanted_pair():
+    """Hidden between the last wanted pair and the next: no copy of anything, and no random start has seen it."""
+    values = torch.cat([torch.tensor([10.0, 9.0, 6.0, 4.0]).double(), torch.linspace(0, 1, 200, dtype=torch.float64)])
+    start = torch.ones_like(values).index_fill_(0, torch.tensor(2), 0)
+    for seed in range(20):
+        pairs = top_eigenpairs(torch.diag(values), 3, start=start, seed=seed, max_matvecs=80)
+        np.testing.assert_allclose(pairs.values, [10, 9, 6], rtol=1e-3)
+
+
+def test_a_look_for_copies_reaches_down_to_where_a_residual_lets_them_hide():
+    """At sixty residuals from a Ritz value a near copy hides with a chance of about one in a hundred."""
+    matrix = torch.diag(heavy_tailed(400))
+    search = search_eigenpairs(linear_map(matrix), 6, tol=1e-3, seed=0)
+    values, residuals, points = search.values[search.best], search.residuals[search.best], search._points()
+    end = float(values[-1]) + 0.01 * 50
+    sure = [point for point, known in points if known == 1]
+    assert len(sure) == 1
+    assert end <= sure[0] <= max(end, float((values - 60 * residuals)[values > end].min()))
+    assert all(end <= point <= sure[0] and known < 1 for point, known in points[1:])
+    assert len(points) > 2
+
+
+@pytest.mark.parametrize("which", ["LA", "SA", "LM", "BE"])
+def test_after_a_random_start_a_look_for_copies_costs_less_and_finds_them(which):
+    sign = -1 if which == "SA" else 1
+    values = sign * torch.cat([torch.tensor([10.0, 9.0, 9.0, 1.3]).double(), torch.linspace(0, 1.0, 396).double()])
+    start, spent, cold = torch.randn(400, generator=torch.Generator().manual_seed(1), dtype=torch.float64), 0, 0
+    for seed in range(10):
+        pairs = top_eigenpairs(torch.diag(values), 4, which=which, seed=seed)
+        np.testing.assert_allclose(pairs.values, expected(values, which, 4), atol=0.02)
+        cold += pairs.matvecs
+        spent += top_eigenpairs(torch.diag(values), 4, which=which, start=start, seed=seed).matvecs
+    assert which == "BE" or cold < spent  # at both ends, what converging costs differs more
 
 
 def test_at_most_one_look_in_a_hundred_misses_what_lies_further_out():

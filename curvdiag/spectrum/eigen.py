@@ -27,7 +27,8 @@ from curvdiag.spectrum.vectors import NON_FINITE, product, row_dots, working_dty
 # the eigenproblems of its projected matrix.
 SMALL = 300
 # Beside the part of a single start vector along its eigenvector, a random vector has a part of about this size along
-# every other one, whatever the order of the matrix.
+# every other one, whatever the order of the matrix, at a tolerance of 1e-2 or more. What is hidden shows once it is
+# larger than the tolerance, so at 1e-3 half of this is as safe.
 SHARE = 0.06
 
 
@@ -53,15 +54,19 @@ def top_eigenpairs(
     until an eigenvalue further out than the last wanted one, by a hundredth of the largest or by ``tol`` times it,
     could have stayed hidden only if the random vector had next to nothing of its eigenvector, as at most one in a
     hundred has; or for sixteen steps where the wanted pairs stand too close to the others for that, and then one hardly
-    further out can escape.
+    further out can escape. After a random start that holds for copies of what was found, and others count as hidden
+    only from both random vectors.
 
-    A single pair takes no look. A random start sees every eigenvalue, and a given one is mixed with a random vector, so
-    that it does too. From the eigenvector of a slightly different matrix it takes about two thirds of a cold run's
-    products at ``tol=1e-2`` and three quarters at 1e-3; where the leading eigenvector is a new one, orthogonal to
-    ``start``, it takes as many as a cold run. Both miss the largest eigenvalue about once in a hundred runs or less,
-    with one exception: ``start`` exactly the eigenvector straight below it. At ``tol=1e-2`` that is then taken for the
-    largest in up to one run of twenty where the largest is larger by half, in one of five where it is by a seventh. To
-    be as sure as a cold run costs as much as one: ``check_multiplicity=True`` is, and misses one of a hundred.
+    A single pair takes no look. A random start sees every eigenvalue, and a given one is mixed with a random
+    vector, so that it does too. From the eigenvector of a slightly different matrix it takes about two thirds of a
+    cold run's products at ``tol=1e-2`` and three quarters at 1e-3; where the leading eigenvector is a new one,
+    orthogonal to ``start``, it takes as many as a cold run. Both miss the largest eigenvalue about once in a
+    hundred runs or less, with two exceptions. At ``tol=1e-2``, of two eigenvalues within a tenth of each other
+    either takes the smaller for the largest in up to one run of thirty. And ``start`` may be exactly the
+    eigenvector straight below it, which at ``tol=1e-2`` is then taken for the largest in about one run of twelve
+    where the largest is larger by half, in one of eight where it is by a seventh; at 1e-3 in one of a hundred and
+    of thirty. To be as sure as a cold run costs as much as one: ``check_multiplicity=True`` is, and misses one of a
+    hundred.
 
     Args:
         op: Any square symmetric object with ``shape`` and ``@``.
@@ -130,6 +135,7 @@ def search_eigenpairs(
     if limit < k:
         raise ArgumentError(f"{k} eigenpairs need at least {k} products, but max_matvecs is {limit}")
     fresh, mixed = FreshVectors(operator, seed), False
+    random_start = space is None and start is None and check_multiplicity == "auto"
     if space is None:
         length = _basis_size(basis_size, k, operator, limit)
         # Room beyond the restart length for pending directions: the first, and a fresh one for each pair missed.
@@ -137,7 +143,7 @@ def search_eigenpairs(
         mixed = k == 1 and start is not None and check_multiplicity == "auto"
         given = _start_vector(start, operator) if start is not None else fresh()
         if mixed:
-            _mix(given, fresh())
+            _mix(given, fresh(), SHARE * min(1.0, tol / 1e-2) ** 0.3)
         if not space.add(given):
             mixed = False
             space.add(fresh())
@@ -145,7 +151,7 @@ def search_eigenpairs(
         length = space.capacity - k - 2
 
     notable = tol if check_multiplicity is True else NOTABLE
-    search = Search(space, fresh, which, k, tol, limit, length, progress, notable)
+    search = Search(space, fresh, which, k, tol, limit, length, progress, notable, random_start)
     look = k > 1 if check_multiplicity == "auto" else bool(check_multiplicity)
     quick = k == 1 and look  # what a single value might have missed, the look finds
     settled = search.converge(quick, next_too=mixed)
@@ -236,11 +242,11 @@ def _start_vector(start: Tensor, operator: LinearMap) -> Tensor:
     return columns.sum(1).to(device=operator.device, dtype=working_dtype(operator))
 
 
-def _mix(start: Tensor, noise: Tensor) -> None:
-    """Add to ``start`` ``[P]``, in place, a random vector ``SHARE sqrt(P)`` times as long; a zero start stays zero."""
+def _mix(start: Tensor, noise: Tensor, share: float) -> None:
+    """Add to ``start`` ``[P]``, in place, a random vector ``share sqrt(P)`` times as long; a zero start stays zero."""
     length = row_dots(start[None], start[None]).sqrt()
-    share = SHARE * math.sqrt(len(start)) * length / row_dots(noise[None], noise[None]).sqrt()
-    start.addcmul_(noise, share.to(noise))
+    factor = share * math.sqrt(len(start)) * length / row_dots(noise[None], noise[None]).sqrt()
+    start.addcmul_(noise, factor.to(noise))
 
 
 def _basis_size(asked: int | None, k: int, operator: LinearMap, limit: int) -> int:

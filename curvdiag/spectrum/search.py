@@ -21,6 +21,8 @@ NOTABLE = 0.01
 # The next Ritz pair has settled when its residual is at most this part of its distance from the wanted one. A hidden
 # eigenvalue further out would be passing through there.
 SETTLED = 0.4
+# So many points between the last wanted eigenvalue and the next stand for all that could be hidden there.
+BETWEEN = 8
 
 
 class Search:
@@ -37,10 +39,14 @@ class Search:
         length: int,
         progress: Progress | None,
         notable: float = NOTABLE,
+        random_start: bool = False,
     ) -> None:
         self.space, self.fresh, self.which, self.k = space, fresh, which, k
         self.tol, self.limit, self.length, self.progress = tol, limit, length, progress
         self.notable = max(tol, notable)
+        # Coefficients of the run from a random start vector, up to the first restart or look; None where it was given.
+        self.first_run: tuple[list[float], list[float]] | None = ([], []) if random_start else None
+        self.plain = random_start
         self.read()
 
     def converge(self, quick: bool = False, next_too: bool = False) -> bool:
@@ -68,6 +74,9 @@ class Search:
                 space.aim(space.coupling @ self.coefficients[:, worst])
             before = self.values[self.best]
             self._expand()
+            if self.plain and self.first_run is not None:
+                self.first_run[0].append(float(space.projected[-1, -1]))
+                self.first_run[1].append(float(space.coupling[:, -1].norm()))
 
     def finds_more(self) -> bool:
         """Run Lanczos from a random direction outside the processed vectors V; True once it upsets the wanted pairs.
@@ -76,11 +85,12 @@ class Search:
         which the run is an ordinary one. The pending directions take part: rounding blows up what the start vectors
         do not see, and a pending direction may already hold most of it.
         """
-        space, operator = self.space, self.space.operator
+        space, operator, points = self.space, self.space.operator, self._points()
+        self.plain = False
         self._make_room(LOOK + 1)
         if not space.add_random(self.fresh()):
             return False
-        first, before, ends = space.processed, self.values[self.best], self._ends()
+        first, before = space.processed, self.values[self.best]
         betas: list[float] = []
         for _ in range(LOOK):
             if space.matvecs >= self.limit or space.capacity == space.used < operator.size:
@@ -93,8 +103,11 @@ class Search:
             if betas[-1] == 0:  # the random direction reaches no further
                 return False
             alphas = space.projected.diag()[first:].tolist()
-            weight = max(largest_weight(alphas, betas, end) for end in ends)
-            if chance_of_hiding(weight, operator.size - first) <= CHANCE:
+            outside = operator.size - first
+            if all(
+                known * chance_of_hiding(largest_weight(alphas, betas, point), outside) <= CHANCE
+                for point, known in points
+            ):
                 return False
             space.aim(remainder)
         return False
@@ -119,17 +132,44 @@ class Search:
         self.bound = self.tol * float(self.values.abs().max()) if len(self.values) else 0.0
         self.settled = len(self.best) == self.k and bool((self.residuals[self.best] <= self.bound).all())
 
-    def _ends(self) -> list[float]:
-        """Where a missed eigenvalue would matter: at these points and further out."""
+    def _points(self) -> list[tuple[float, float]]:
+        """Where a missed eigenvalue would matter, and how likely each had stayed hidden before the look.
+
+        A random start vector shows every eigenvalue but a copy of one. A near copy at distance ``d`` from a Ritz value
+        can have next to nothing of its Ritz vector only where the start had that much less of it than of the other
+        one: a ratio of two normal numbers, below ``residual / d`` with a chance of about ``2/pi`` times that. What
+        lies between the last wanted one and the copies has to escape both random vectors.
+        """
+        values = self.values[self.best]
+        leeway = 2 / (math.pi * CHANCE) * self.space.bounds(self.residuals[self.best])
+        points = []
+        for end, side in self._ends():
+            copies = (side * values - leeway)[side * values > side * end]
+            nearest = max(side * end, float(copies.min())) if len(copies) else side * end
+            points.append((side * nearest if self.first_run else end, 1.0))
+            if self.first_run:
+                between = torch.linspace(end, side * nearest, BETWEEN + 1, dtype=torch.float64)[:-1].tolist()
+                points += [(point, self._hidden_from_start(point)) for point in between]
+        return points
+
+    def _hidden_from_start(self, point: float) -> float:
+        """How likely the start vector's run would not have shown an eigenvalue at ``point``."""
+        alphas, betas = self.first_run or ([], [])
+        if 0 in betas:  # its Krylov space is exhausted
+            return 0.0
+        return chance_of_hiding(largest_weight(alphas, betas, point), self.space.operator.size)
+
+    def _ends(self) -> list[tuple[float, int]]:
+        """From where on a missed eigenvalue would belong among the wanted, and whether that is up (1) or down (-1)."""
         values, low = self.values[self.best].tolist(), self.k // 2
         aside = self.notable * float(self.values.abs().max())
         if self.which == "LM":
-            return [abs(values[-1]) + aside, -abs(values[-1]) - aside]
+            return [(abs(values[-1]) + aside, 1), (-abs(values[-1]) - aside, -1)]
         if self.which == "SA":
-            return [values[-1] - aside]
+            return [(values[-1] - aside, -1)]
         if self.which == "BE" and low:
-            return [values[-low - 1] + aside, values[-low] - aside]
-        return [values[-1] + aside]
+            return [(values[-low - 1] + aside, 1), (values[-low] - aside, -1)]
+        return [(values[-1] + aside, 1)]
 
     def _moved(self, before: Tensor | None) -> float:
         if before is None or len(before) != len(self.best):
@@ -158,6 +198,7 @@ class Search:
             return
         if space.processed < self.length and space.used + need <= space.capacity:
             return
+        self.plain = False
         keep = min(self.k + (self.length - self.k) // 2, space.capacity - space.pending - need)
         kept = select(self.values, self.which, max(self.k, min(keep, space.processed - 1)))
         space.restart(self.coefficients[:, kept], self.values[kept])
