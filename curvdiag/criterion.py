@@ -68,8 +68,12 @@ class CriterionLoss:
         result = self.criterion(outputs, batch[1])
         return result if result.ndim == 0 else _samples(result, sample_count(batch)).mean()
 
-    def inspect(self, model: nn.Module, batch: Batch) -> float:
-        """Find out from one batch whether samples can be told apart; returns the criterion's value there."""
+    def inspect(self, model: nn.Module, batch: Batch) -> tuple[float, Tensor | None]:
+        """Find out from one batch whether samples can be told apart.
+
+        Returns:
+            The criterion's value there, and the totals of the samples if they can.
+        """
         outputs, targets = call_model(model, batch[0]), batch[1]
         count = sample_count(batch)
         raw = self.criterion(outputs, targets)
@@ -78,14 +82,14 @@ class CriterionLoss:
         _refuse_integers(raw)
         if raw.ndim:
             self.per_sample, self.unreduced, self.labels = True, self.criterion, None
-            return float(_samples(raw, count).mean())
+            return float(_samples(raw, count).mean()), self._apart(raw, batch)
         if self.unreduced is None:
             _refuse_sum(self.criterion, outputs, targets, raw)
             self.note = "the criterion gives only a mean; return per-sample losses (reduction='none') instead"
-            return float(raw)
+            return float(raw), None
         self.per_sample = True
         self._confirm(raw, outputs, targets, batch)
-        return float(raw)
+        return float(raw), self._apart(self.unreduced(outputs, targets), batch) if self.per_sample else None
 
     def confirm(self, model: nn.Module, batch: Batch) -> None:
         """Look at another batch: one may hold padding or ignored labels where the first had none."""
@@ -191,7 +195,8 @@ class FunctionLoss:
         """Whether any sample of the batch counts."""
         return bool(self._weights(batch).sum() > 0)
 
-    def inspect(self, model: nn.Module, batch: Batch) -> float:
+    def inspect(self, model: nn.Module, batch: Batch) -> tuple[float, Tensor | None]:
+        """Find out from one batch whether samples can be told apart; as :meth:`CriterionLoss.inspect`."""
         raw = self.loss(model, batch)
         if not isinstance(raw, Tensor):
             raise LossError(f"loss(model, batch) returned {type(raw).__name__}, not a tensor")
@@ -199,7 +204,9 @@ class FunctionLoss:
         self.per_sample = raw.ndim > 0
         if not self.per_sample:
             self.note = "loss(model, batch) gives only a mean; return one loss for each sample instead"
-        return float(self.value(model, batch))
+            return float(raw), None
+        totals = self._apart(raw, batch)
+        return float(totals.sum() / self._weights(batch).sum()), totals
 
     def totals(self, model: nn.Module, batch: Batch) -> Tensor:
         """``t_i`` as ``[B]``, or as a scalar where only the mean is known."""
@@ -208,6 +215,9 @@ class FunctionLoss:
         raw = self.loss(model, batch)
         if raw.ndim == 0:
             raise LossError("the loss was one for each sample on the first batch, and is a scalar on another")
+        return self._apart(raw, batch)
+
+    def _apart(self, raw: Tensor, batch: Batch) -> Tensor:
         return _samples(raw, sample_count(batch)) * self.counts(batch).to(raw.device, raw.dtype)
 
     def counts(self, batch: Batch) -> Tensor:

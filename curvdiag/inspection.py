@@ -32,25 +32,28 @@ def inspect_loss(
     index = next((i for i, batch in enumerate(batches) if loss.has_weight(batch)), 0)
     first = place(batches[index], device, None)
     before = random_fingerprint()
-    one = loss.inspect(model, first)
+    one, totals = loss.inspect(model, first)
     drew = random_fingerprint() != before
     if not math.isfinite(one):
         raise NonFiniteError(
             f"the loss on batch {index} is {one}; there is no curvature at these weights: look for a learning "
             "rate that is too high, or for bad values in the batch"
         )
-    value = loss.value(model, first)
-    if abs(one - float(value)) > 100 * torch.finfo(value.dtype).eps * max(abs(one), abs(float(value))):
-        raise NotDeterministicError(
-            f"the same weights and batch gave the losses {one:.8g} and {float(value):.8g}; {_blame(model, drew)}"
-        )
+    repeated, note = (False, "") if totals is None or coupled else _compare_samples(loss, model, first, totals)
+    if not repeated:
+        value = loss.value(model, first)
+        if not _equal(one, float(value), value.dtype):
+            raise NotDeterministicError(
+                f"the same weights and batch gave the losses {one:.8g} and {float(value):.8g}; {_blame(model, drew)}"
+            )
     others = [i for i, batch in enumerate(batches) if i != index and loss.has_weight(batch)]
     for i in others:
         loss.confirm(model, place(batches[i], device, None))
     if coupled:
         return
     if loss.per_sample:
-        _compare_samples(loss, model, first)
+        if note:
+            loss.per_sample, loss.note = False, note
         return
     unweighted = getattr(loss, "weight", None) is None
     if unweighted and not all(can_merge(batches[index], batches[i]) for i in others):
@@ -69,22 +72,29 @@ FEW = 8
 """So many further batches, spread over the data, are compared with the first where a loss gives only a mean."""
 
 
-def _compare_samples(loss: Loss, model: nn.Module, batch: Batch) -> None:
-    """The losses of samples are the same in half a batch; else they are used as one mean from then on."""
+def _compare_samples(loss: Loss, model: nn.Module, batch: Batch, whole: Tensor) -> tuple[bool, str]:
+    """Compare the losses of samples, ``whole``, with those in both halves of the batch.
+
+    Returns:
+        Whether all was as before to rounding, which a loss that is not deterministic never is; and why the losses are
+        to be used as one mean from then on, if they are.
+    """
     if sample_count(batch) < 2 or not can_cut(batch):
-        return
-    whole = loss.totals(model, batch)
+        return False, ""
     try:
         apart = torch.cat([loss.totals(model, half) for half in _split(batch, sample_count(batch) // 2)])
     except (LossError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # the loss takes only batches of this size
-        loss.per_sample = False
-        loss.note = f"the loss cannot be taken of half a batch ({type(error).__name__}: {error})"
-        return
+        return False, f"the loss cannot be taken of half a batch ({type(error).__name__}: {error})"
     if apart.shape != whole.shape or not _close(apart, whole, whole):
-        loss.per_sample = False
-        loss.note = "samples of a batch change each other's losses"
+        return False, "samples of a batch change each other's losses"
+    return _equal(float(apart.double().sum()), float(whole.double().sum()), whole.dtype), ""
+
+
+def _equal(one: float, other: float, dtype: torch.dtype) -> bool:
+    """The same number, to rounding."""
+    return abs(one - other) <= 100 * torch.finfo(dtype).eps * max(abs(one), abs(other))
 
 
 def _compare_means(loss: Loss, model: nn.Module, batch: Batch, *, several: bool) -> None:

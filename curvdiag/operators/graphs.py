@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -14,15 +16,19 @@ from curvdiag.objective import Objective
 from curvdiag.operators.batched import Batched, Batching, Parts
 from curvdiag.operators.gradient_graph import GradientGraph
 from curvdiag.operators.kept_graph import KeptGraph
+from curvdiag.operators.live_bytes import LiveBytes
 from curvdiag.operators.plan import (
     SHARE,
     GraphBytes,
+    Plan,
     alike_pieces,
+    all_fit,
     calibration,
     first_samples,
     foretell,
     largest,
     lay_out,
+    upper_bound,
     with_merged,
 )
 from curvdiag.operators.precision import Multiplication, multiplication
@@ -33,6 +39,15 @@ from curvdiag.weights import Weights
 
 T = TypeVar("T")
 G = TypeVar("G", bound=KeptGraph)
+
+
+@dataclass
+class _Known:
+    """What is known of the memory of graphs: that of one of ``few`` samples, and of all once that was needed."""
+
+    few: int
+    little: float
+    size: GraphBytes | None = None
 
 
 class GraphEngine(Generic[G]):
@@ -61,48 +76,90 @@ class GraphEngine(Generic[G]):
         free = free_bytes(objective.device)
         budget = free // 2 if memory is None else memory
         regroup = micro_batch is None and objective.can_regroup
+        self._built: tuple[Batch, G] | None = None
+        self._exact: Callable[[], GraphBytes] | None = None
         if budget > 0 or (regroup and len(alike_pieces(pieces)) < len(pieces)):
             size = self._graph_bytes(pieces, budget or free // SHARE, regroup)
         else:
             size = GraphBytes(0.0, 0.0)  # nothing depends on it
-        size = with_merged(size, pieces) if regroup else size
-        self.plan, kept, self.rebuilt = lay_out(pieces, size, budget, free, regroup=regroup)
-        self.batching = Batching(objective, batched, self._layout())
+        self.layout, kept, self.rebuilt = lay_out(pieces, size, budget, free, regroup=regroup)
+        self.batching = Batching(objective, batched, self._what())
         self.trusted: list[set[int]] = [set() for _ in self.rebuilt]  # parameters whose products have been checked
         self.reached = [False] * len(weights.chosen)
-        self.kept = [self._graph(batch) for batch in kept]
+        self.kept = self._keep(kept)
         self.unvisited = bool(self.rebuilt)
 
     def _graph_bytes(self, pieces: Sequence[Batch], budget: int, regroup: bool) -> GraphBytes:
+        """Memory of graphs: no less than it is, where even that fits, since more precision costs two gradients."""
+        merged: Callable[[GraphBytes], GraphBytes] = lambda size: with_merged(size, pieces) if regroup else size  # noqa: E731
         if isinstance(self.build, TracedGraphs):  # whose shapes are known without building any
-            return self.build.graph_bytes(self.objective, self.weights, pieces, self.dtype, budget, regroup=regroup)
-        cache: dict[Any, GraphBytes] = self.objective.__dict__.setdefault("_graph_bytes", {})
+            build = self.build.graph_bytes
+            return merged(build(self.objective, self.weights, pieces, self.dtype, budget, regroup=regroup))
+        cache: dict[Any, _Known] = self.objective.__dict__.setdefault("_graph_bytes", {})
         kind = self.kind, self.dtype
         if kind not in cache:
-            piece, cut = largest(pieces), self.objective.can_regroup
-            count, few = sample_count(piece), calibration(sample_count(piece), cut=cut)[0]
-            if few < count:  # what is checked once for an objective: few samples tell, and counting makes it slow
-                self.build(self.objective, self.weights, first_samples(piece, few), self.dtype)
+            cache[kind] = self._first_graph(pieces)
+        known = cache[kind]
+        if known.size is not None:
+            return merged(known.size)
+        bound = merged(upper_bound(known.few, known.little))
 
-            def build(batch: Batch) -> G:
-                return self.build(self.objective, self.weights, batch, self.dtype, trusted=few < count)
+        # It does not hold the engine, whose graphs are to go with the last reference to it.
+        small = functools.partial(self.build, self.objective, self.weights, dtype=self.dtype, trusted=True)
 
-            cache[kind] = foretell(pieces, build, cut=cut)
-        return cache[kind]
+        def exact() -> GraphBytes:
+            if known.size is None:
+                known.size = foretell(pieces, small, cut=True, little=known.little)
+            return merged(known.size)
 
-    def _layout(self) -> Hashable:
+        if not all_fit(pieces, bound, budget):
+            return exact()
+        self._exact = exact
+        return bound
+
+    def _first_graph(self, pieces: Sequence[Batch]) -> _Known:
+        """Check, once for an objective, a graph of few samples, which tell as much, and count what it takes."""
+        piece = largest(pieces)
+        few, many = calibration(sample_count(piece), cut=self.objective.can_regroup)
+        counter = LiveBytes(recording=False)
+        batch = first_samples(piece, few)
+        graph = self.build(self.objective, self.weights, batch, self.dtype, counter=counter)
+        if few == many:
+            self._built = piece, graph  # one of those to be kept, perhaps
+            return _Known(few, counter.now(), GraphBytes(0.0, counter.now() / few))
+        return _Known(few, counter.now())
+
+    @functools.cached_property
+    def plan(self) -> Plan:
+        """How the data are laid out; what kept graphs take is found out when it is asked for, if it did not matter."""
+        if self._exact is None:
+            return self.layout
+        try:
+            size = self._exact()
+        except Exception:  # the live model is another by now, or on another device; the upper bound still holds
+            return self.layout
+        return replace(self.layout, bytes_kept=int(sum(map(size, self.layout.kept))))
+
+    def _keep(self, batches: Sequence[Batch]) -> list[G]:
+        """The graphs of ``batches``; one that was built for the checks is not built again."""
+        (batch, graph), self._built = self._built or (None, None), None
+        if graph is not None and all(batch is not one for one in batches):
+            graph = None
+        return [self._graph(one, made=graph if one is batch else None) for one in batches]
+
+    def _what(self) -> Hashable:
         """What a choice between batched and single passes depends on, beside the vectors."""
         special = tuple(sorted(getattr(self.build, "keywords", {}).items()))
-        return self.kind, special, self.weights.names, self.dtype, self.plan.kept, self.plan.rebuilt
+        return self.kind, special, self.weights.names, self.dtype, self.layout.kept, self.layout.rebuilt
 
     @property
     def kind(self) -> Any:
         """The class of the graphs."""
         return getattr(self.build, "func", self.build)
 
-    def _graph(self, batch: Batch, trusted: bool = False) -> G:
+    def _graph(self, batch: Batch, trusted: bool = False, made: G | None = None) -> G:
         with multiplication(self.multiply_in):
-            graph = self.build(self.objective, self.weights, batch, self.dtype, trusted=trusted)
+            graph = made or self.build(self.objective, self.weights, batch, self.dtype, trusted=trusted)
         self.graphs_built += 1
         self.reached = [a or b for a, b in zip(self.reached, graph.reached, strict=True)]
         return graph
@@ -125,24 +182,17 @@ class GraphEngine(Generic[G]):
         """
         wanted = {i for inside in positions for i in inside}
         with numerics(rows[0].device), multiplication(self.multiply_in):
-            outs = [torch.empty_like(part) for part in rows]
-            for index, graph in enumerate(self.kept):
-                self._add_blocks(graph, rows, outs, positions, product, fresh=index == 0, keep=True)
+            outs: list[Tensor | None] = [None] * len(rows)
+            for graph in self.kept:
+                self._add_blocks(graph, rows, outs, positions, product, keep=True)
             for index, group in enumerate(self.rebuilt):
                 # The graph is held by nothing here, so that it is gone before the next one is built.
-                self._add_blocks(
-                    self._graph(merge(group), wanted <= self.trusted[index]),
-                    rows,
-                    outs,
-                    positions,
-                    product,
-                    fresh=index == 0 and not self.kept,
-                    keep=False,
-                )
+                made = wanted <= self.trusted[index]
+                self._add_blocks(self._graph(merge(group), made), rows, outs, positions, product, keep=False)
                 if product == "multiply":  # others do not check its derivatives
                     self.trusted[index] |= wanted
         self.unvisited = False
-        return outs
+        return [torch.zeros_like(part) if out is None else out for part, out in zip(rows, outs, strict=True)]
 
     def sample_dots(self: GraphEngine[GradientGraph], rows: Tensor, positions: Sequence[int]) -> Tensor:
         """``v . grad t_i / total_weight`` of every sample ``[k, N]``, for rows ``[k, p]``."""
@@ -182,7 +232,7 @@ class GraphEngine(Generic[G]):
     ) -> list[Tensor]:
         """The same for several sets of parameters, each with its coefficients, from one visit of each graph."""
         layouts = [self.objective.parameters.subset(inside) for inside in positions]
-        counts = [*self.plan.kept, *self.plan.rebuilt]
+        counts = [*self.layout.kept, *self.layout.rebuilt]
         shares = iter(list(zip(*(part.split(counts, dim=1) for part in coefficients), strict=True)))
         with numerics(coefficients[0].device), multiplication(self.multiply_in):
             outs = [
@@ -223,29 +273,31 @@ class GraphEngine(Generic[G]):
         self,
         graph: G,
         rows: Sequence[Tensor],
-        outs: Sequence[Tensor],
+        outs: list[Tensor | None],
         positions: Sequence[Sequence[int]],
         product: str,
         *,
-        fresh: bool,
         keep: bool,
     ) -> None:
-        for index, (part, out, inside) in enumerate(zip(rows, outs, positions, strict=True)):
-            self._add(graph, part, out, inside, product, fresh=fresh, keep=keep or index < len(rows) - 1)
+        for index, (part, inside) in enumerate(zip(rows, positions, strict=True)):
+            outs[index] = self._add(graph, part, outs[index], inside, product, keep=keep or index < len(rows) - 1)
 
     def _add(
-        self, graph: G, rows: Tensor, out: Tensor, positions: Sequence[int], product: str, *, fresh: bool, keep: bool
-    ) -> None:
-        """Add the products with one graph to ``out``."""
+        self, graph: G, rows: Tensor, out: Tensor | None, positions: Sequence[int], product: str, *, keep: bool
+    ) -> Tensor | None:
+        """Add the products with one graph to ``out``; the first ones are put where they are made room for."""
         layout, multiply = self.objective.parameters.subset(positions), getattr(graph, product)
 
         def once(row: Tensor, keep: bool, batched: bool) -> Parts:
             parts: Parts = multiply(self._vectors(row, positions), positions, keep=keep, batched=batched)
             return parts
 
+        fresh = out is None
         for index, parts in self.batching.passes(graph, rows, once, (product, *positions), keep=keep):
+            out = torch.empty_like(rows) if out is None else out  # once the pass has given back what it took
             _accumulate(parts, out[index], layout, fresh=fresh)
             del parts  # before the next are made
+        return out
 
     def visit(self) -> None:
         """Build the graph of every group once, to learn what the loss reaches."""

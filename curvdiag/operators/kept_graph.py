@@ -6,7 +6,7 @@ import abc
 import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ class KeptGraph(abc.ABC):
 
     Args:
         trusted: The same graph was built and checked before.
+        counter: Counts what is built, and not what the checks make afterwards.
 
     Attributes:
         reached: For each parameter, whether the loss depends on it.
@@ -42,12 +43,19 @@ class KeptGraph(abc.ABC):
     recomputes: bool
 
     def __init__(
-        self, objective: Objective, weights: Weights, batch: Batch, dtype: torch.dtype | None, *, trusted: bool = False
+        self,
+        objective: Objective,
+        weights: Weights,
+        batch: Batch,
+        dtype: torch.dtype | None,
+        *,
+        trusted: bool = False,
+        counter: AbstractContextManager[object] | None = None,
     ) -> None:
         self.objective, self.weights, self.batch, self.dtype = objective, weights, batch, dtype
         self.checked = trusted
         live = dict(objective.model.named_parameters())
-        with missing_derivatives():
+        with missing_derivatives(), counter or nullcontext():
             objective.inside(weights, lambda: self._build(live), twice=True)
         self._verify()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -35,11 +36,12 @@ class OutputGraph(OutputProducts):
         dtype: torch.dtype | None,
         *,
         trusted: bool = False,
+        counter: AbstractContextManager[object] | None = None,
         pick: Pick | None = None,
         rule: Rule = closed_form,
     ) -> None:
         self.pick, self.rule = pick, rule
-        super().__init__(objective, weights, batch, dtype, trusted=trusted)
+        super().__init__(objective, weights, batch, dtype, trusted=trusted, counter=counter)
 
     def _build(self, live: Mapping[str, Tensor]) -> None:
         with watched_hooks() as hooks, caught_outputs(self.objective.model, self.pick) as outputs:

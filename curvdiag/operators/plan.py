@@ -34,8 +34,9 @@ class Plan:
 
     def __str__(self) -> str:
         return (
-            f"{len(self.kept)} graphs kept ({sum(self.kept):,} samples, about {human_bytes(self.bytes_kept)} of "
-            f"{human_bytes(self.budget)}), {len(self.rebuilt)} rebuilt at each product ({sum(self.rebuilt):,} samples)"
+            f"{len(self.kept)} graph{'s' * (len(self.kept) != 1)} kept ({sum(self.kept):,} samples, about "
+            f"{human_bytes(self.bytes_kept)} of {human_bytes(self.budget)}), "
+            f"{len(self.rebuilt)} rebuilt at each product ({sum(self.rebuilt):,} samples)"
         )
 
 
@@ -136,7 +137,19 @@ def alike_pieces(pieces: Sequence[Batch]) -> list[list[Batch]]:
     return list(groups.values())
 
 
-def foretell(pieces: Sequence[Batch], build: Callable[[Batch], object], *, cut: bool) -> GraphBytes:
+def upper_bound(few: int, little: float) -> GraphBytes:
+    """The most that graphs can take where one of ``few`` samples takes ``little``: none of it belongs to a sample."""
+    return GraphBytes(little, little / few)
+
+
+def all_fit(pieces: Sequence[Batch], size: GraphBytes, room: int) -> bool:
+    """Whether the graphs of all pieces, merged or not, take at most ``room`` bytes."""
+    return sum(size(sample_count(piece)) for piece in pieces) <= room
+
+
+def foretell(
+    pieces: Sequence[Batch], build: Callable[[Batch], object], *, cut: bool, little: float | None = None
+) -> GraphBytes:
     """Memory of graphs, from small ones built for the purpose and dropped.
 
     Where pieces differ in more than their number of samples (texts of several lengths) the largest sample is
@@ -145,13 +158,15 @@ def foretell(pieces: Sequence[Batch], build: Callable[[Batch], object], *, cut: 
     Args:
         build: Builds the graph of a batch.
         cut: Whether pieces may be cut by sample; if not, whole pieces are built.
+        little: What the smaller one takes, where that is known.
     """
     piece = largest(pieces)
     few, many = calibration(sample_count(piece), cut=cut)
     much = live_bytes(lambda: build(first_samples(piece, many)))
     if few == many:
         return GraphBytes(0.0, much / many)
-    return through(few, live_bytes(lambda: build(first_samples(piece, few))), many, much)
+    little = live_bytes(lambda: build(first_samples(piece, few))) if little is None else little
+    return through(few, little, many, much)
 
 
 def with_merged(size: GraphBytes, pieces: Sequence[Batch]) -> GraphBytes:

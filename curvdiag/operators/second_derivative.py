@@ -144,8 +144,8 @@ def check_symmetry(
     """
     dtype = dtype or objective.dtype
     size, generator = objective.parameters.size, torch.Generator().manual_seed(1)
-    u, v = (torch.randn(size, generator=generator).to(objective.device, dtype) for _ in range(2))
-    # For normal vectors |H v| is the Frobenius norm in the mean, and so is u . H v in the root mean square.
+    u, v = (_random(size, generator).to(objective.device, dtype) for _ in range(2))
+    # For entries of variance 1 |H v| is the Frobenius norm in the mean, and so is u . H v in the root mean square.
     forth, scale = _dot_and_norm(u, product(v))
     back, other = _dot_and_norm(v, product(u))
     error, scale = abs(forth - back), max(scale, other)
@@ -156,6 +156,12 @@ def check_symmetry(
             "straight-through estimators have no Hessian); replace it, or leave it out of the measurement"
         )
     return scale > 0
+
+
+def _random(size: int, generator: torch.Generator) -> Tensor:
+    """Independent numbers of variance 1 and next to no mean, from a byte each: normal ones take three times as long."""
+    words = torch.randint(-(2**63), 2**63 - 1, (-(-size // 8),), generator=generator)
+    return words.view(torch.int8)[:size].float().mul_((12 / (256**2 - 1)) ** 0.5)
 
 
 def _dot_and_norm(x: Tensor, y: Tensor) -> tuple[float, float]:
