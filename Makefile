@@ -26,6 +26,13 @@ demo: $(INSTALLED)  ## Train a small network with the monitor attached; pictures
 
 figures: demo  ## Remake the pictures of the README and of docs/ (those of MNIST where CURVDIAG_DATA names its folder)
 	cp runs/demo/heatmap.png figures/demo_heatmap.png
+	$(BIN)/python benchmarks/figure.py
+	$(BIN)/curvdiag report runs/demo/run.db -o runs/demo/report.html
+	@if command -v chromium >/dev/null; then \
+	  chromium --headless --no-sandbox --disable-gpu --disable-background-networking --hide-scrollbars \
+	    --user-data-dir="$$(mktemp -d)" --window-size=1280,1475 --virtual-time-budget=10000 \
+	    --screenshot=figures/report.png runs/demo/report.html; \
+	  else echo "figures/report.png stays as it is: there is no chromium"; fi
 	$(BIN)/curvdiag reproduce geometry --out figures
 	$(BIN)/curvdiag reproduce cwgd --out figures
 	@if [ -n "$$CURVDIAG_DATA" ]; then \

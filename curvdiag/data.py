@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import itertools
-import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
 from curvdiag.errors import DataError, TooLargeError
+from curvdiag.loaders import as_it_was, without_workers
 from curvdiag.memory import free_bytes, human_bytes
-from curvdiag.sandbox import random_states
 
 Batch = Any
 """A nest of tuples, lists, mappings and dataclasses that holds tensors."""
@@ -29,7 +26,7 @@ def read_batches(
 
     A tensor, a mapping or a tuple is one batch; a DataLoader, a list or another re-iterable holds batches.
     A DataLoader is read by a copy without workers, so that its own workers and epoch are left alone, and
-    its random states are restored.
+    is :func:`~curvdiag.loaders.as_it_was` afterwards.
 
     Args:
         pairs: Batches are ``(inputs, targets)``; a list of two whose first element is a tensor is then one batch.
@@ -77,11 +74,11 @@ def _read(batches: Any, keep_bytes: int) -> tuple[list[Batch], list[str]]:
             f"a one-shot iterator ({type(batches).__name__}) cannot be read again and may belong to the training "
             "loop; give a list (for instance list(itertools.islice(loader, 8))) or the DataLoader itself"
         )
-    source: Iterable[Batch] = _without_workers(batches) if isinstance(batches, DataLoader) else batches
+    source: Iterable[Batch] = without_workers(batches) if isinstance(batches, DataLoader) else batches
     kept: list[Batch] = []
     notes: list[str] = []
     total = 0
-    with random_states(*_generators(batches)):
+    with as_it_was(batches):
         for one in source:
             total += sum(t.nbytes for t in tensors_of(one))
             if total > keep_bytes:
@@ -104,61 +101,8 @@ def _read(batches: Any, keep_bytes: int) -> tuple[list[Batch], list[str]]:
     return kept, notes
 
 
-def first_batches(loader: DataLoader, count: int, *, seed: int = 0) -> list[Batch]:
-    """The first batches of a DataLoader that a training may be walking, drawn with ``seed`` where it shuffles.
-
-    It is read by a copy without workers, and every random state is restored; the same ``seed`` gives the same batches
-    in another process. A sampler with an ``epoch`` is read as in its first.
-
-    Raises:
-        DataError: Reading would take the batches away from the training, or there are none.
-    """
-    dataset = getattr(loader, "dataset", None)
-    if isinstance(dataset, IterableDataset) and hasattr(dataset, "__next__"):
-        raise DataError(
-            f"{type(dataset).__name__} is its own iterator, and what is read from it is gone for the training: give "
-            "batches of your own"
-        )
-    generators = _generators(loader)
-    samplers: list[Any] = [getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)]
-    epochs = [(one, one.epoch) for one in samplers if isinstance(getattr(one, "epoch", None), int)]
-    with random_states(*generators):
-        random.seed(seed)
-        np.random.seed(seed)  # noqa: NPY002 - data sets draw from the global state
-        torch.default_generator.manual_seed(seed)  # manual_seed would seed devices that are yet to wake
-        for generator in generators:
-            if generator is not None:
-                generator.manual_seed(seed)
-        try:
-            for sampler, _ in epochs:
-                sampler.epoch = 0
-            found = list(itertools.islice(_without_workers(loader), count))
-        finally:
-            for sampler, epoch in epochs:
-                sampler.epoch = epoch
-    if not found:
-        raise DataError(f"there is no batch in the {type(loader).__name__}")
-    return found
-
-
 def _copy(tensor: Tensor) -> Tensor:
     return tensor.detach().clone()
-
-
-def _without_workers(loader: DataLoader) -> DataLoader:
-    twin = copy.copy(loader)
-    # DataLoader guards some of these against assignment; on a private copy that has no workers it is safe.
-    settings = {"num_workers": 0, "persistent_workers": False, "prefetch_factor": None, "timeout": 0}
-    for name, value in {**settings, "pin_memory": False, "_iterator": None}.items():
-        object.__setattr__(twin, name, value)
-    return twin
-
-
-def _generators(loader: Any) -> list[torch.Generator | None]:
-    sampler = getattr(loader, "sampler", None)
-    inner = getattr(getattr(loader, "batch_sampler", None), "sampler", None)
-    found = [getattr(owner, "generator", None) for owner in (loader, sampler, inner)]
-    return [g for g in found if isinstance(g, torch.Generator)]
 
 
 def _same(one: Batch, other: Batch) -> bool:

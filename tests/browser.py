@@ -6,6 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 
 def open_page(browser: Any, address: str | Path, *, width: int = 1280, height: int = 900, dark: bool = False) -> None:
-    """Open a page at a width in CSS pixels, with empty logs, and wait until all its figures are drawn."""
+    """Open a page at a width in CSS pixels, with empty logs, and wait until the figures near the screen are drawn."""
     size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
@@ -55,7 +56,16 @@ def open_page(browser: Any, address: str | Path, *, width: int = 1280, height: i
     browser.get("about:blank")
     browser.get_log("browser"), browser.get_log("performance")
     browser.get(address.as_uri() if isinstance(address, Path) else address)
-    wait_until(lambda: browser.execute_script("return document.documentElement.dataset.drawn") == "all")
+    wait_until(lambda: browser.execute_script("return document.documentElement.dataset.drawn") == "near")
+
+
+def show(browser: Any, *charts: str) -> None:
+    """Scroll to figures, one after the other, and wait until each is drawn: those far off are not."""
+    scroll = "document.getElementById(arguments[0]).scrollIntoView({block: 'center', behavior: 'instant'})"
+    is_drawn = "return document.getElementById(arguments[0]).querySelector('svg.main-svg') !== null"
+    for chart in charts:
+        browser.execute_script(scroll, chart)
+        wait_until(partial(browser.execute_script, is_drawn, chart))
 
 
 def wait_until(condition: Callable[[], Any], seconds: float = 60.0) -> Any:

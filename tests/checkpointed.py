@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from curvdiag import CurvatureMonitor, Objective, RunStore
-from curvdiag.checkpoints import load_checkpoint
+from curvdiag.checkpoints import Scan, load_checkpoint, scan
 from curvdiag.checkpoints.read import Contents
 
 STEPS = (2, 4, 6)
@@ -59,6 +59,22 @@ def train(run_file: Path, save: Save, **options: Any) -> None:
 def state_dicts(folder: Path, name: str = "step={}.pt") -> Save:
     folder.mkdir(exist_ok=True)
     return lambda model, optimizer, step: torch.save(model.state_dict(), folder / name.format(step))
+
+
+def untrained(folder: Path) -> Path:
+    """Checkpoints of a run that was not watched; what they hold does not matter."""
+    save = state_dicts(folder)
+    for step in STEPS:
+        save(net(step), torch.optim.SGD([torch.zeros(1)]), step)
+    return folder
+
+
+def quick(where: Path, **options: Any) -> Scan:
+    """A cheap scan of a folder into the run file beside it."""
+    made = options.pop("objective", None) or objective()
+    return scan(
+        made, options.pop("paths", where), where.parent / "run.db", **{"measure": ["trace"], **QUICK, **options}
+    )
 
 
 def numbers(run_file: Path, run: Any = None) -> dict[str, dict[int, float]]:

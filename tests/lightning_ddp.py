@@ -24,6 +24,9 @@ def main(folder: Path, cases: list[str]) -> None:
     rank = int(os.environ["LOCAL_RANK"])
     found = {case: CASES[case](folder) for case in cases}
     (folder / f"rank{rank}.json").write_text(json.dumps(found))
+    torch.distributed.barrier()  # else the first to end takes the connection from the other
+    sys.stdout.flush()
+    os._exit(0)  # without the end of the interpreter, at which a thread of gloo's may still run, and abort the process
 
 
 def step(net, batch, index):

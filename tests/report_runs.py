@@ -13,6 +13,7 @@ from curvdiag.spectrum.density import SpectralDensity
 
 HOSTILE = "<script>alert(1)</script>"
 ENDING = "</script><img src=x onerror=alert(2)> & <b>bold</b>"
+HELD = f"the measurement failed: <i>{ENDING}</i>; the last measurement, of 20 steps ago, is held"
 LAYERS = ("0.conv", "1.norm", "2.conv", "10.head", ENDING)
 
 
@@ -81,6 +82,7 @@ def full(path: Path, *, name: str = HOSTILE, times: int = 21, only: tuple[str, .
         for step in range(0, 20 * times, 20):
             record(run, step, only=only)
         run.record(40, events=[("note", f"about {ENDING}"), ("error", "NonFiniteError: the loss is NaN")])
+        run.record(60, events=[("schedule", f"AnisotropyP: {HELD}"), ("schedule", "SharpnessCappedLR: another")])
     return path
 
 
@@ -91,6 +93,16 @@ def small(path: Path, *names: str) -> Path:
             run = store.new_run(name)
             for step in (0, 10, 20):
                 run.record(step, {"train/loss": 1.0 + index, "curv/hessian/lambda_max": step + 1.0})
+    return path
+
+
+def trained_by(path: Path, *optimizers: str) -> Path:
+    """Runs with the numbers of the edge of stability, of which a monitor has recorded the optimizer."""
+    with RunStore(path) as store:
+        for optimizer in optimizers:
+            run = store.new_run(optimizer, {"curvdiag": {"optimizer": optimizer}} if optimizer else {"curvdiag": "no"})
+            eigenvalues = {"curv/hessian/lambda_max": 30.0, "curv/preconditioned/lambda_max": 300.0}
+            run.record(0, {"train/lr/0": 0.05, "train/momentum/0": 0.75, **eigenvalues})
     return path
 
 

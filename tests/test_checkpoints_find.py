@@ -52,6 +52,11 @@ def test_a_folder_is_a_checkpoint_or_stands_for_those_in_it() -> None:
     assert found("out/checkpoint-*") == both
     assert found("out/*/model.safetensors") == both
     assert found("out/checkpoint-2/", "out/checkpoint-2/model.safetensors") == both[:1]
+    touch("out/model.safetensors", "out/training_args.bin")
+    assert found("out") == both
+    assert found("out/model.safetensors") == ["out"], "asked for by name"
+    touch("out/trainer_state.json")
+    assert found("out") == ["out", *both]
     touch("s/model-00001-of-00002.safetensors", "s/model-00002-of-00002.safetensors", "s/model.safetensors.index.json")
     assert found("s/*.safetensors") == ["s"]
     touch("e/notes.txt")
@@ -89,6 +94,7 @@ def steps(names: list[str], says: dict[str, tuple[int | None, float | None]] | N
         (["a3/net.pt", "a4/net.pt"], [3, 4]),
         (["net_7.pt"], [7]),
         (["step_5.pt", "best.pt"], [5, None]),
+        (["net_5.pt", "net_10.pt", "net_best.pt", "last.pt"], [5, 10, None, None]),
         (["mistep5_1.pt", "mistep5_2.pt"], [1, 2]),
     ],
 )
@@ -117,7 +123,14 @@ def test_that_the_steps_are_no_optimizer_steps_is_said() -> None:
 
 
 @pytest.mark.parametrize(
-    "names", [["best.pt", "last.pt"], ["a1_b2.pt", "a2_b3.pt"], ["net_1.pt", "final_2.pt"], ["x1y2.pt"]]
+    "names",
+    [
+        ["best.pt", "last.pt"],
+        ["a1_b2.pt", "a2_b3.pt"],
+        ["net_1.pt", "final_2.pt"],
+        ["x1y2.pt"],
+        ["a_1.pt", "a_2.pt", "b_1.pt", "b_2.pt"],
+    ],
 )
 def test_where_nothing_tells_the_order_the_error_says_how_to_name_them(names: list[str]) -> None:
     with pytest.raises(ArgumentError, match=r"nothing tells the steps .* step=500.pt, checkpoint-500 .* --steps"):

@@ -64,6 +64,17 @@ def test_each_picture_is_drawn_while_the_run_is_written(live: Path, kind: str, t
     assert not list(tmp_path.glob("*.part"))
 
 
+def test_a_heatmap_of_one_measurement_says_how_to_have_more(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with RunStore(tmp_path / "run.db") as store:
+        run = store.new_run("short")
+        run.record(1, densities={("hessian", ""): density(1)})
+        assert curvdiag("plot", tmp_path / "run.db", "heatmap") == 0
+        assert "every=" in capsys.readouterr().err
+        run.record(2, densities={("hessian", ""): density(2)})
+        assert curvdiag("plot", tmp_path / "run.db", "heatmap") == 0
+        assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize("ending", ["pdf", "svg", "PNG"])
 def test_the_ending_of_the_name_says_the_format(live: Path, ending: str, tmp_path: Path) -> None:
     assert curvdiag("plot", live, "heatmap", "-o", tmp_path / f"out.{ending}") == 0

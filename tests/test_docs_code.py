@@ -108,3 +108,13 @@ def test_every_command_and_option_that_is_named_exists():
             if found := re.match(r"make ([a-z-]+)", line):
                 assert found[1] in targets, f"{page}: {line}"
     assert seen == known
+
+
+def test_every_picture_is_shown_somewhere_and_remade_by_make_figures():
+    shown = "".join(page.read_text() for page in [*PAGES, ROOT / "README.md"])
+    recipe = re.search(r"^figures:.*?\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)[1]
+    makers = {"benchmarks.png": "benchmarks/figure.py"}
+    for picture in sorted((ROOT / "figures").glob("*.png")):
+        assert f"figures/{picture.name})" in shown, picture.name
+        made = makers.get(picture.name, picture.name), f"reproduce {picture.stem} --out figures"
+        assert any(one in recipe for one in made), picture.name

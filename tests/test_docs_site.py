@@ -87,6 +87,8 @@ def test_roles_tables_and_sections_of_docstrings_are_rendered(site):
     assert re.findall(r"(?m)^\s*::\s*$|::</p>", text) == []
     assert "<td><code>curv/hessian/lambda_max</code></td>" in text
     assert re.findall(r"<p>(?:Args|Raises|Attributes|Returns):", text) == []
+    assert "doc-symbol-module" not in text  # a function, and not the file that has its name
+    assert 'href="../spectrum/#curvdiag.spectrum.anisotropy.anisotropy"' in text
 
 
 def test_pictures_and_commands_are_in_the_site(site):
@@ -98,6 +100,7 @@ def test_pictures_and_commands_are_in_the_site(site):
         assert f"curvdiag {one.name or one.callback.__name__}</code></h2>" in re.sub(r"<a class.*?</a>", "", commands)
     assert "--checkpoints" in commands
     assert "--output" in commands
+    assert re.search(r"<code>--seed</code>[^\n]*\n<td>[^\n]*\n<td><code>0</code></td>", commands)  # 0 is a default, too
 
 
 def test_every_public_name_has_its_place_in_the_reference():
@@ -149,7 +152,7 @@ def test_the_keys_are_those_that_are_measured():
         monitor.detach()
         seen |= set(monitor.history[-1].scalars)
     assert {key for key in seen if not any(fnmatchcase(key, pattern) for pattern in patterns)} == set()
-    momentum = {"train/momentum/*"}  # of SGD; LPSGDM calls it beta
+    momentum = {"train/momentum/*"}  # the optimizer of this test has none
     assert {p for p in patterns if not any(fnmatchcase(key, p) for key in seen)} <= momentum
 
 
@@ -161,13 +164,14 @@ def test_the_hook_reads_what_docstrings_hold(monkeypatch):
     text = markdown(
         "A :class:`~a.b.C` and :func:`f`.\n\n::\n\n    x = 1\n\n"
         "====  =====\nkey   what\n====  =====\n``a``  one ``|g|``\n      more\n====  =====\n\n"
-        "Args:\n    one, two: Both.\n\nRaises:\n    AError, BError\n"
+        "Args:\n    one, two: Both.\n\nRaises:\n    AError, BError\n    StaleWeightsError\n"
     )
     assert '<autoref optional identifier="a.b.C"><code>C</code></autoref>' in text
     assert "```python\nx = 1\n```" in text
     assert "one: See ``two``." in text
     assert "    two: Both." in text
     assert "    AError: \n    BError: " in text
+    assert "    StaleWeightsError: The weights changed under an operator that shares them" in text
     assert curvdiag.__doc__ is not None
 
 

@@ -35,7 +35,17 @@ def test_what_an_installed_package_misses_itself_is_not_blamed_on_the_extra(tmp_
 
 
 def test_curvdiag_itself_imports_no_optional_package():
-    names = "lightning pytorch_lightning transformers accelerate tensorboard wandb mlflow plotly safetensors sklearn".split()
+    names = [
+        "lightning",
+        "pytorch_lightning",
+        "transformers",
+        "accelerate",
+        "tensorboard",
+        "wandb",
+        "mlflow",
+        "plotly",
+        "safetensors",
+    ]
     code = f"import curvdiag, curvdiag.cli, sys; print([n for n in {names} if n in sys.modules])"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert shown.stdout.strip() == "[]"

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import random
+
+import numpy as np
 import pytest
 import torch
-from lightning_runs import BATCH, FAST, fingerprint, fit, loader, module, package, same
+from lightning_runs import BATCH, FAST, dataset, fingerprint, fit, loader, module, package, same
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from curvdiag import Objective
-from curvdiag.data import first_batches
 from curvdiag.integrations.lightning import CurvatureCallback
+from curvdiag.loaders import first_batches
 from curvdiag.operators import Hessian
 from curvdiag.record import RunStore
 
@@ -49,6 +53,66 @@ def test_training_is_bit_identical_where_the_function_that_makes_the_objective_d
 
     bare = fingerprint(*fit(one, []))
     assert same(bare, fingerprint(*fit(one, [CurvatureCallback(objective, every=5, **FAST)])))
+
+
+class Noisy(Dataset):
+    """Noise from generators of its own."""
+
+    def __init__(self):
+        self.inputs, self.targets = dataset().tensors
+        self.drawing = [np.random.default_rng(0), torch.Generator().manual_seed(0), random.Random(0)]
+
+    def __len__(self):
+        return len(self.inputs)
+
+    def __getitem__(self, index):
+        numpys, torchs, pythons = self.drawing
+        noise = numpys.normal() + torch.randn((), generator=torchs) + pythons.gauss(0, 1)
+        return self.inputs[index] + 0.1 * float(noise), self.targets[index]
+
+
+class Counting(IterableDataset):
+    """Another order in each pass, which it counts."""
+
+    passes = 0
+
+    def __iter__(self):
+        self.passes += 1
+        order = torch.randperm(64, generator=torch.Generator().manual_seed(self.passes))
+        yield from (dataset()[index] for index in order.tolist())
+
+
+@pytest.mark.parametrize("kind", [Noisy, Counting])
+def test_training_is_bit_identical_with_data_that_remember_what_was_read(one, kind):
+    def run(callbacks):
+        return fingerprint(*fit(one, callbacks, data=DataLoader(kind(), batch_size=BATCH)))
+
+    bare = run([])
+    assert same(bare, run([CurvatureCallback(every=5, **FAST)]))
+
+
+def with_averages(pl):
+    return {"callbacks": [pl.callbacks.EMAWeightAveraging()]}
+
+
+def with_swapped_averages(pl):
+    return {"callbacks": [pl.callbacks.StochasticWeightAveraging(swa_lrs=1e-2, swa_epoch_start=1)]}
+
+
+def in_half_precision(pl):
+    return {"precision": "bf16-mixed", "gradient_clip_val": 0.1, "accumulate_grad_batches": 2}
+
+
+@pytest.mark.parametrize("how", [with_averages, with_swapped_averages, in_half_precision])
+def test_training_is_bit_identical_beside_what_else_moves_weights(one, how):
+    def run(*ours):
+        options = how(one)
+        theirs = options.pop("callbacks", [])
+        return fingerprint(*fit(one, [*theirs, *ours], **options))
+
+    callback = CurvatureCallback(every=3, **FAST)
+    assert same(run(), run(callback))
+    assert callback.monitor.history
 
 
 def test_metrics_of_torchmetrics_are_as_they_would_be(one):

@@ -17,9 +17,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from curvdiag import Objective
-from curvdiag.data import first_batches
 from curvdiag.errors import ArgumentError, CurvdiagWarning, DataError, MissingExtraError, NotDeterministicError
 from curvdiag.integrations.lightning import CurvatureCallback
+from curvdiag.loaders import first_batches
 from curvdiag.record import RunStore
 from curvdiag.sandbox import random_fingerprint
 
@@ -211,6 +211,11 @@ def test_a_sharded_strategy_is_refused(pl):
     refused(
         pl, "under FSDPStrategy, which gives each process a part", callback, strategy=FSDPStrategy("cpu"), devices=1
     )
+
+
+def test_an_objective_of_another_model_is_refused(pl):
+    stranger = Objective(module(pl).net, nn.CrossEntropyLoss(), dataset().tensors)
+    refused(pl, "the objective is of another model than the one that the Trainer trains", CurvatureCallback(stranger))
 
 
 def test_manual_optimization_needs_an_objective(pl):

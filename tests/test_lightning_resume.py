@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lightning_runs import FAST, fingerprint, fit, loader, module, package, same
+from lightning_runs import FAST, fingerprint, fit, loader, module, package, same, trainer
 from torch import nn
 from torch.optim import lr_scheduler
 
 from curvdiag import Objective
-from curvdiag.data import first_batches
 from curvdiag.errors import ArgumentError, CurvdiagWarning
 from curvdiag.integrations.lightning import CurvatureCallback
+from curvdiag.loaders import first_batches
 from curvdiag.optim import LPSGD
 from curvdiag.record import RunStore
 from curvdiag.schedules import AnisotropyP, CosineP, SharpnessCappedLR
@@ -104,6 +104,21 @@ def test_a_resumed_training_is_the_uninterrupted_one_to_the_last_bit(pl, case, t
     one, other = recorded(tmp_path / "whole.db"), recorded(tmp_path / "parts.db")
     assert one == other
     assert one["curv/hessian/lambda_max"][0] == [3, 6, 9, 12, 15, 18]
+
+
+def test_a_monitored_checkpoint_finds_its_number_in_a_resumed_training_that_has_not_measured_yet(pl, tmp_path):
+    def training(epochs, folder, **options):
+        best = pl.callbacks.ModelCheckpoint(folder, monitor="curv/hessian/lambda_max", mode="min")
+        watched = CurvatureCallback(reader, cadence=lambda step: step == 4, **FAST)
+        made = trainer(pl, [watched, best], max_epochs=epochs, enable_checkpointing=True, num_sanity_val_steps=0)
+        made.fit(plain(pl, adamw), loader(shuffle=False), loader(shuffle=False), **options)
+        return best, watched
+
+    first, watched = training(1, tmp_path / "first")
+    second, again = training(2, tmp_path / "second", ckpt_path=first.best_model_path)
+    assert again.monitor.history == []
+    expected = watched.monitor.latest["curv/hessian/lambda_max"]
+    assert float(first.best_model_score) == float(second.best_model_score) == pytest.approx(expected)
 
 
 def test_a_checkpoint_of_one_package_resumes_in_the_other(tmp_path):

@@ -117,6 +117,18 @@ def test_a_run_that_is_given_is_continued_and_left_as_it_is(client, experiment):
     first.close()
 
 
+def test_a_logger_that_serves_one_monitor_after_the_other_gives_each_its_own_run(client, experiment):
+    told = logger(experiment)
+    runs = []
+    for _ in range(2):
+        Training(loggers=[told], measure=["trace"]).step().close()
+        runs.append(told.run_id)
+    assert runs[0] != runs[1]
+    for run_id in runs:
+        assert len(metrics(client, run_id)["curv/hessian/trace"]) == 1
+        assert client.get_run(run_id).info.status == "FINISHED"
+
+
 def test_the_experiment_is_the_one_given_or_mlflows_own(client, experiment, monkeypatch):
     def of(name):
         told = logger(name)

@@ -143,6 +143,24 @@ def test_a_resumed_monitor_goes_on_at_its_step(tmp_path):
     assert [row[STEP] for row in ours(read_wandb(tmp_path).rows)] == [4, 5]
 
 
+def test_a_logger_that_serves_one_monitor_after_the_other_gives_each_its_own_run(tmp_path):
+    logger = WandbLogger(**offline(tmp_path))
+    runs = []
+    for _ in range(2):
+        training = Training(loggers=[logger], measure=["trace"]).step()
+        runs.append(wandb.run)
+        training.close()
+    assert wandb.run is None
+    assert runs[0].id != runs[1].id
+    with wandb.init(**offline(tmp_path)) as theirs:
+        Training(loggers=[logger], measure=["trace"]).step().close()
+        assert logger.run is theirs
+        assert wandb.run is theirs, "left open"
+    files = [read_wandb(path.parent) for path in sorted(tmp_path.rglob("*.wandb"))]
+    assert [[row[STEP] for row in ours(file.rows)] for file in files] == [[1], [1], [1]]
+    assert all(file.axes["curv/hessian/trace"] == STEP for file in files)
+
+
 def test_a_disabled_run_costs_nothing_and_breaks_nothing(tmp_path):
     training = Training(loggers=[WandbLogger(**offline(tmp_path, mode="disabled"))]).step(2).close()
     assert len(training.history) == 2

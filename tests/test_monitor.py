@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from curvdiag import CurvatureMonitor, Estimate, Every, LogSpaced, Objective, OverheadBudget, RunStore
 from curvdiag.errors import ArgumentError, CurvdiagWarning
+from curvdiag.optim import LPSGDM
 from curvdiag.spectrum import MEASURES
 
 pytestmark = pytest.mark.filterwarnings("ignore:measuring every")
@@ -349,6 +350,7 @@ def test_lr_momentum_and_p_of_each_group():
         (lambda p: torch.optim.AdamW(p, lr=0.01, betas=(0.85, 0.99)), 0.85),
         (lambda p: torch.optim.Adam(p, lr=torch.tensor(0.01), betas=(torch.tensor(0.7), torch.tensor(0.9))), 0.7),
         (lambda p: torch.optim.RMSprop(p, lr=0.01, momentum=0.3), 0.3),
+        (lambda p: LPSGDM(p, lr=0.01, beta=0.6), 0.6),
         (lambda p: torch.optim.Adagrad(p, lr=0.01), None),
         (lambda p: torch.optim.Adafactor(p, lr=0.01), None),
         (lambda p: torch.optim.LBFGS(p, lr=0.01), None),

@@ -88,6 +88,16 @@ def test_an_outlier_of_one_eigenvalue_is_seen_and_emptiness_is_not(run_file: Pat
     assert levels[0][np.abs(centres - 3 * top).argmin()] == 0
 
 
+def test_an_axis_has_enough_round_ticks_however_short_it_is(run_file: Path) -> None:
+    for one in only_run(run_file)["densities"]:
+        places, labels = zip(*one["ticks"], strict=True)
+        values = np.array([float(label.replace("\u2212", "-")) for label in labels])
+        assert 5 <= len(values) <= 16
+        assert 0 in values
+        at = np.interp(places, np.linspace(*one["positions"], CELLS), unpack(one["centres"]))
+        np.testing.assert_allclose(at, values, rtol=0.01, atol=0.01)
+
+
 def test_scalars_are_exact_and_their_bands_are_those_of_their_estimates(run_file: Path) -> None:
     run = only_run(run_file)
     by_name = {one["name"]: one for one in run["scalars"]}

@@ -9,10 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import browser, complaints, open_page, requests, wait_until
-from report_runs import ENDING, HOSTILE, LAYERS, full, small
+import torch
+from browser import browser, complaints, open_page, requests, show, wait_until
+from report_runs import ENDING, HELD, HOSTILE, LAYERS, full, small, trained_by
 
+from curvdiag.monitor.description import rule
+from curvdiag.optim import LPSGD, LPSGDM
+from curvdiag.record import RunStore
 from curvdiag.report import write_report
+from curvdiag.schedules.stability import stability_limit
 
 __all__ = ["browser"]
 
@@ -42,6 +47,10 @@ def ask(browser: Any, script: str, *arguments: Any) -> Any:
     return browser.execute_script(f"return {script}", *arguments)
 
 
+def charts(browser: Any) -> list[str]:
+    return list(ask(browser, "[...document.querySelectorAll('.chart')].map(one => one.id)"))
+
+
 def step_shown(browser: Any) -> int:
     return int(re.match(r"step (\d+)", ask(browser, "document.getElementById('where').textContent")).group(1))
 
@@ -69,11 +78,21 @@ def hover_text(browser: Any, chart: str, target: Any, aside: int = 0) -> str:
 def test_it_opens_without_a_complaint_and_without_a_request(browser: Any, report: Path) -> None:
     open_page(browser, report)
     assert ask(browser, "[...document.querySelectorAll('main > section')].map(one => one.id)") == list(SECTIONS)
-    assert ask(browser, "[...document.querySelectorAll('.chart')].every(one => one.querySelector('svg.main-svg'))")
     browser.execute_script("for (const one of document.querySelectorAll('details')) one.open = true")
-    browser.execute_script("window.scrollTo(0, document.body.scrollHeight)")
+    show(browser, *charts(browser))
     assert complaints(browser) == []
     assert [one for one in requests(browser) if not one.startswith("data:")] == [report.as_uri()]
+
+
+def test_figures_are_drawn_when_they_come_near_and_their_room_is_kept(browser: Any, report: Path) -> None:
+    open_page(browser, report)
+    drawn = "[...document.querySelectorAll('.chart:has(svg.main-svg)')].map(one => one.id)"
+    assert {"chart-heatmap", "chart-spectrum"} <= set(ask(browser, drawn))
+    assert len(ask(browser, drawn)) < len(charts(browser)) / 2
+    height = ask(browser, "document.body.scrollHeight")
+    show(browser, *charts(browser))
+    assert set(ask(browser, drawn)) == set(charts(browser))
+    assert ask(browser, "document.body.scrollHeight") == height
 
 
 def test_a_request_out_of_the_page_would_be_refused(browser: Any, compact: Path) -> None:
@@ -93,6 +112,7 @@ def test_names_stay_text_wherever_they_stand(browser: Any, report: Path) -> None
     body = ask(browser, "document.body.textContent")
     for place in (f"about {ENDING}", f"nested.{ENDING}", f"val/{HOSTILE}"):
         assert place in body
+    show(browser, "chart-layer-matrix")
     ticks = ask(browser, "[...document.querySelectorAll('#chart-layer-matrix .ytick text')].map(t => t.textContent)")
     assert "<b>bold</b>" in ticks[[one[-4:] == "</b>" for one in ticks].index(True)]
     assert len(ticks) == len(LAYERS)
@@ -143,6 +163,7 @@ def test_hover_tells_the_value_with_its_interval(browser: Any, compact: Path) ->
     from selenium.webdriver.common.by import By
 
     open_page(browser, compact)
+    show(browser, "chart-trace-line")
     point = browser.find_elements(By.CSS_SELECTOR, "#chart-trace-line .points path")[10]
     text = hover_text(browser, "trace-line", point)
     assert re.fullmatch(r"step 200, epoch 5150\.4 ± 17 \(95 %\)", text)
@@ -179,6 +200,7 @@ def test_everything_is_labelled_and_reached_by_the_keyboard(browser: Any, compac
 
 def test_another_block_and_another_quantity_are_drawn_when_chosen(browser: Any, compact: Path) -> None:
     open_page(browser, compact)
+    show(browser, "chart-layer-matrix", "chart-heatmap")
     before = ask(browser, "[document.getElementById('chart-heatmap').data[0].zmin, "
                  "JSON.stringify(document.getElementById('chart-layer-matrix').data[0].z)]")  # fmt: skip
     for chooser, name in (("block", "Hessian of 2.conv"), ("quantity", "trace")):
@@ -196,6 +218,7 @@ def test_another_block_and_another_quantity_are_drawn_when_chosen(browser: Any, 
 def test_a_narrow_window_needs_no_sideways_scrolling(browser: Any, report: Path) -> None:
     open_page(browser, report, width=390)
     browser.execute_script("for (const one of document.querySelectorAll('details')) one.open = true")
+    show(browser, *charts(browser))
     assert ask(browser, "document.documentElement.scrollWidth") == 390
     ends = ask(browser, "[...document.querySelectorAll('.chart, .scroll')].map(one => one.getBoundingClientRect())")
     assert max(one["right"] for one in ends) <= 390
@@ -206,12 +229,14 @@ def test_the_dark_has_its_own_colours_also_when_it_comes_later(browser: Any, com
     ink = "document.getElementById('chart-trace-line').layout.font.color"
     paper = "getComputedStyle(document.body).backgroundColor"
     open_page(browser, compact)
+    show(browser, "chart-trace-line")
     assert (ask(browser, ink), ask(browser, paper)) == ("#222222", "rgb(255, 255, 255)")
     scheme = {"features": [{"name": "prefers-color-scheme", "value": "dark"}]}
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", scheme)
     wait_until(lambda: ask(browser, ink) == "#e8e8e8")
     assert ask(browser, paper) == "rgb(21, 24, 27)"
     open_page(browser, compact, dark=True)
+    show(browser, "chart-trace-line")
     assert ask(browser, ink) == "#e8e8e8"
     assert complaints(browser) == []
 
@@ -253,6 +278,7 @@ def test_of_several_runs_one_is_chosen_and_only_its_sections_are_there(browser: 
 def test_the_edge_of_stability_is_two_over_the_rate_and_more_with_momentum(browser: Any, compact: Path) -> None:
     open_page(browser, compact)
     lines = "document.getElementById(arguments[0]).data.map(one => [one.name, one.y[0]])"
+    show(browser, "chart-lambda-max", "chart-preconditioned")
     found = dict(ask(browser, lines, "chart-lambda-max"))
     assert found["λmax"] == 16
     assert found["2 / lr"] == pytest.approx(2 / 0.0501)
@@ -260,3 +286,64 @@ def test_the_edge_of_stability_is_two_over_the_rate_and_more_with_momentum(brows
     name, first = ask(browser, lines, "chart-preconditioned")[-1]
     assert name.endswith("averaged momentum")
     assert first == pytest.approx(38 / 0.0501)
+
+
+def test_each_optimizer_has_its_own_edge_of_stability(browser: Any, tmp_path: Path) -> None:
+    weight, momentum = [torch.nn.Parameter(torch.zeros(1))], {"momentum": 0.75}
+    optimizers = [
+        torch.optim.SGD(weight, 0.05), torch.optim.SGD(weight, 0.05, **momentum),
+        torch.optim.SGD(weight, 0.05, nesterov=True, **momentum), LPSGD(weight, 0.05, 3.0),
+        LPSGDM(weight, 0.05, 3.0, 0.75), torch.optim.Adam(weight, 0.05, (0.75, 0.9)),
+        torch.optim.AdamW(weight, 0.05, (0.75, 0.9)),
+    ]  # fmt: skip
+    names = [rule(one) for one in optimizers]
+    path = trained_by(tmp_path / "run.db", *names, "SGD, dampened momentum", "RMSprop", "")
+    open_page(browser, write_report(path, tmp_path / "report.html"))
+    lines = "edgeLines(state.data.held[arguments[0]], arguments[1], arguments[2]).map(one => one.values[0])"
+    for number, one in enumerate(optimizers, 1):
+        limit = stability_limit(one)
+        key = f"curv/{'preconditioned' if limit.preconditioned else 'hessian'}/lambda_max"
+        value, *edges = ask(browser, lines, number, key, limit.preconditioned)
+        assert value == (300 if limit.preconditioned else 30)
+        assert edges[-1] == pytest.approx(limit.limit / 0.05)
+        if limit.preconditioned:
+            assert len(edges) == 1
+            assert ask(browser, lines, number, "curv/hessian/lambda_max", False) == [30]  # it has no edge there
+        assert ask(browser, "edgeFact(state.data.held[arguments[0]])[1]", number) == (
+            f"{value * 0.05:g} (edge {limit.limit:.4g})"
+        )
+    for number in (len(names) + 1, len(names) + 2):  # not known: that of gradient descent, and it is said
+        assert ask(browser, lines, number, "curv/hessian/lambda_max", False) == [30, 40]
+        assert "not known" in ask(browser, "edgeCaption(state.data.held[arguments[0]], false)", number)
+    assert ask(browser, lines, len(names) + 3, "curv/hessian/lambda_max", False) == [30, 40, 70]
+    assert complaints(browser) == []
+
+
+def test_names_that_javascript_knows_are_names_like_any_other(browser: Any, tmp_path: Path) -> None:
+    names = ("noise/{}", "schedule/{}/{}", "curv/layer/{}/{}", "curv/anisotropy/{}", "align/{}", "train/lr/{}")
+    with RunStore(tmp_path / "run.db") as store:
+        found = {name.replace("{}", word): 1.0 for name in names for word in ("constructor", "__proto__")}
+        store.new_run("a", {"curvdiag": {"optimizer": "constructor"}}).record(0, found)
+    open_page(browser, write_report(tmp_path / "run.db", tmp_path / "report.html"))
+    show(browser, *charts(browser))
+    assert complaints(browser) == []
+    titles = ask(browser, "[...document.querySelectorAll('h3')].map(one => one.textContent)")
+    assert titles.count("Constructor") == 3
+    assert ask(browser, "document.getElementById('quantity').options.length") == 2
+
+
+def test_a_schedule_says_when_it_held_and_why(browser: Any, report: Path) -> None:
+    open_page(browser, report)
+    cells = "[...document.querySelectorAll(`#${arguments[0]} > .scroll td, #${arguments[0]} > .scroll tbody th`)]"
+    told = f"{cells}.map(one => one.textContent)"
+    assert ask(browser, told, "schedule-anisotropy_p") == ["60", HELD]
+    assert ask(browser, told, "schedule-sharpness_capped") == ["60", "another"]
+    assert ask(browser, "document.querySelectorAll('main i').length") == 0
+
+    browser.execute_script(
+        "window.whole = state.data; const less = structuredClone(whole); less.held['1'].events = []; take(less)"
+    )
+    assert ask(browser, told, "schedule-anisotropy_p") == []
+    browser.execute_script("take(whole)")
+    assert ask(browser, told, "schedule-anisotropy_p") == ["60", HELD]
+    assert complaints(browser) == []

@@ -1,8 +1,10 @@
 """The callback's manners: where its numbers appear, what it refuses, when it lets go of its file."""
 
 import builtins
+import copy
 import gc
 import importlib
+import pickle
 import sys
 
 import pytest
@@ -117,6 +119,18 @@ def test_the_run_says_how_it_was_trained(tmp_path):
     assert run.config["trainer"]["model"] == "GPT2LMHeadModel"
     assert run.config["trainer"]["label_smoothing_factor"] == 0.1
     assert run.config["curvdiag"]["cadence"] == "Every(steps=3)"
+
+
+def test_a_callback_can_be_copied_and_sent_to_another_process(tmp_path):
+    watched = callback(store=tmp_path / "run.db")
+    tiny.trainer(tmp_path / "out", [watched]).train()
+    for twin in (copy.deepcopy(watched), copy.copy(watched), pickle.loads(pickle.dumps(watched))):
+        assert twin is not watched
+        assert isinstance(twin, type(watched).__mro__[1])
+        assert twin.monitor is None
+        tiny.trainer(tmp_path / "out", [twin], max_steps=3).train()
+        assert len(twin.monitor.history) == 1
+    assert len(watched.monitor.history) == 2
 
 
 # Refusals

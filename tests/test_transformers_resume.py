@@ -108,7 +108,8 @@ SCHEDULES = {
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(one, marks=pytest.mark.long if one in ("p", "capped") else ()) for one in SCHEDULES]
+    "name",
+    [pytest.param(one, marks=() if one == "both" else pytest.mark.long) for one in SCHEDULES],
 )
 def test_schedules_go_on_where_they_were(tmp_path, name):
     needs = {"p": "trace", "own": "trace", "capped": "preconditioned_lambda_max"}.get(name, "anisotropy")

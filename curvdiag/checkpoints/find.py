@@ -32,7 +32,8 @@ def find(patterns: Patterns) -> list[Path]:
     """The checkpoints that paths and patterns mean.
 
     A pattern is one of :mod:`glob`, with ``**`` for folders of any depth. A folder with weights in it
-    (``checkpoint-500/model.safetensors``) is one checkpoint; any other folder stands for the checkpoints in it.
+    (``checkpoint-500/model.safetensors``) is one checkpoint; any other folder stands for the checkpoints in it. So does
+    the output folder of a Transformers Trainer; its final model is one more if ``trainer_state.json`` tells its step.
 
     Raises:
         ArgumentError: A pattern matches nothing.
@@ -64,7 +65,8 @@ def spread(path: Path) -> Iterable[Path]:
     if not path.is_dir():
         return [whole(path)]
     if weights_file(path) is not None:
-        return [path]
+        kept = [one for one in path.glob("checkpoint-*") if weights_file(one) is not None]
+        return kept if kept and not (path / "trainer_state.json").is_file() else [*kept, path]
     inside = [one for one in path.iterdir() if weights_file(one) is not None or is_weights(one)]
     return [whole(one) for one in inside] or [path]
 

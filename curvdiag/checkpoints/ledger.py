@@ -22,22 +22,24 @@ STAMP = re.compile(r"\[\d+ bytes, modified \d+\]$")
 class Ledger:
     """One run of a store, begun or continued.
 
-    A scan is continued where a run has the same name and description: folder, objective and settings. With any other
-    one a new run is begun, so that one run never mixes two kinds of measurements.
+    A scan is continued where a run has the same name and description: folder, objective (with its data and loss) and
+    settings. With any other one a new run is begun, so that one run never mixes two kinds of measurements.
 
     Attributes:
         run: The run.
-        continued: Whether it was there before.
+        beginning: In words whether it was there before; and where another run of its name is not continued, why not.
     """
 
-    def __init__(self, store: RunStore, name: str, config: Mapping[str, Any], description: Mapping[str, Any]) -> None:
-        known = [
-            info
-            for info in store.runs()
-            if info.name == name and {key: info.config.get(key) for key in description} == description
-        ]
-        self.continued = bool(known)
+    def __init__(
+        self, store: RunStore, name: str, config: Mapping[str, Any], description: Mapping[str, Mapping[str, Any]]
+    ) -> None:
+        named = [(info, differing(info.config, description)) for info in store.runs() if info.name == name]
+        known = [info for info, keys in named if not keys]
         self.run: Run = store.resume(known[-1].id) if known else store.new_run(name, {**config, **description})
+        self.beginning = f"{'continues' if known else 'begins'} run {self.run.name!r}"
+        if named and not known:
+            last, keys = named[-1]
+            self.beginning += f" anew, since run {last.id} of this name differs in {', '.join(keys)},"
         events = self.run.events()
         self._events = {(event.kind, event.message, event.step) for event in events}
         self._stamps = {event.step: stamp_in(event.message) for event in events if event.kind == "checkpoint"}
@@ -77,6 +79,19 @@ class Ledger:
         if (kind, message, step) not in self._events:
             self._events.add((kind, message, step))
             self.run.record(step, events=[(kind, message)])
+
+
+WORDS = {"fingerprint": "data or loss"}
+
+
+def differing(config: Mapping[str, Any], description: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """In what a run's configuration is not that of a description, in words."""
+    found = []
+    for section, wanted in description.items():
+        held = config.get(section)
+        held = held if isinstance(held, Mapping) else {}
+        found += [WORDS.get(key, key) for key in wanted if held.get(key) != wanted[key]]
+    return found
 
 
 def stamped(path: Path) -> str:

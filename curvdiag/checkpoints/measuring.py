@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 
@@ -68,17 +67,3 @@ class Measurer:
         """What a reader of all its measurements should know."""
         left_out = [] if self.obstacle is None else [f"left out: {self.obstacle}"]
         return [*self.objective.notes, *left_out]
-
-
-def description(objective: Objective, settings: Settings) -> dict[str, Any]:
-    """What was measured and how, as the monitor describes a run."""
-    return {
-        "objective": repr(objective),
-        "preset": settings.preset,
-        "measure": list(settings.quantities),
-        "steps": settings.steps,
-        "probes": settings.probes,
-        "tol": settings.tol,
-        "seed": settings.seed,
-        "hessian": {key: str(value) for key, value in settings.hessian.items()},
-    }

@@ -36,6 +36,9 @@ SAFETENSORS = b"\x00\x00{"
 
 EXTRA_STATE = "_extra_state"
 
+MOST = 2**63
+"""A run file holds steps below it."""
+
 
 @dataclass(frozen=True)
 class Contents:
@@ -99,6 +102,8 @@ def read_any(path: Path, weights: bool) -> Contents:
 
 
 def read_torch(path: Path, *, mapped: bool) -> Contents:
+    # Mapped, an optimizer's states, often twice the weights, are never read. A file that somebody cuts short between
+    # here and the copy into the model ends the process; what was measured is kept.
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of other pickle protocols and TorchScript; what matters is an error
@@ -249,4 +254,4 @@ def number(said: Mapping[Any, Any], keys: tuple[str, ...]) -> float | None:
 
 def whole_number(said: Mapping[Any, Any], keys: tuple[str, ...]) -> int | None:
     found = number(said, keys)
-    return int(found) if found is not None and found.is_integer() else None
+    return int(found) if found is not None and found.is_integer() and found < MOST else None

@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from curvdiag.checkpoints.find import Patterns, find
+from curvdiag.checkpoints.fingerprint import fingerprint
 from curvdiag.checkpoints.ledger import Ledger, common_folder, stamped
 from curvdiag.checkpoints.load import load, weights_kept
 from curvdiag.checkpoints.match import differ, weights_in
-from curvdiag.checkpoints.measuring import Measurer, description
-from curvdiag.checkpoints.read import Contents, read
+from curvdiag.checkpoints.measuring import Measurer
+from curvdiag.checkpoints.read import MOST, Contents, read
 from curvdiag.checkpoints.steps import REMEDY, Place, places
 from curvdiag.errors import ArgumentError, CheckpointError
+from curvdiag.monitor.description import describe_settings
 from curvdiag.monitor.settings import Preset, Settings
 from curvdiag.objective import Objective
 from curvdiag.record import RunStore
@@ -95,8 +97,9 @@ def scan(
     Steps are what the checkpoints say of themselves (``global_step``, ``step``, ``trainer_state.json``), else what
     their names say; the learning rate, where a checkpoint has it, is recorded as ``train/lr/<group>``. A scan goes on
     where it stopped: steps that the run holds are left out, unless their file has changed. A run is the same where
-    name, folder, objective and settings are. What cannot be read, or does not fit, is told, recorded as an event of the
-    run, and tried again next time; the others are measured.
+    name, folder, settings and objective are, down to its loss and its data (so give what draws them a seed). What
+    cannot be read, or does not fit, is told, recorded as an event of the run, and tried again next time; the others are
+    measured.
 
     Args:
         objective: What is measured; its model takes the weights of one checkpoint after the other.
@@ -122,8 +125,8 @@ def scan(
     found = find(paths)
     folder = common_folder(found)
     described = {
-        "curvdiag": {**description(objective, settings), "cadence": "checkpoints"},
-        "checkpoints": {"folder": str(folder), "part": part},
+        "curvdiag": {**describe_settings(objective, settings), "cadence": "checkpoints"},
+        "checkpoints": {"folder": str(folder), "part": part, "fingerprint": fingerprint(objective)},
     }
     failed: dict[Path, Failure] = {}
     line = tell or (lambda text: None)
@@ -131,8 +134,7 @@ def scan(
     with ExitStack() as stack:
         file = store if isinstance(store, RunStore) else stack.enter_context(RunStore(store))
         ledger = Ledger(file, name or f"scan of {folder.name or folder}", config or {}, described)
-        said = "continues" if ledger.continued else "begins"
-        line(f"{said} run {ledger.run.name!r} of {file.path}")
+        line(f"{ledger.beginning} of {file.path}")
         if kind:
             ledger.event(0, "note", kind)
             line(kind)
@@ -168,6 +170,8 @@ def placed(
         if len(at) != len(found):
             shown = ", ".join(path.name for path in found[:6]) + (", ..." if len(found) > 6 else "")
             raise ArgumentError(f"{len(at)} steps are given for {len(found)} checkpoints; give one for each of {shown}")
+        if wrong := [step for step in at if isinstance(step, bool) or step != int(step) or not 0 <= step < MOST]:
+            raise ArgumentError(f"a step is a whole number, not negative and below 2**63, not {wrong[0]!r}")
         triples = zip(found, at, heads, strict=True)
         return {path: Place(int(step), head.epoch if head else None) for path, step, head in triples}, ""
     guessed, kind = places(found, heads)
@@ -232,9 +236,10 @@ class Work:
         if not any(differ(first, other, model.state_dict()) for other in others):
             self.tell(f"{names} are the same weights of step {step}; they are measured once")
             return next(iter(fitting))
+        why = f"{names} are both of step {step} and differ: narrow the pattern, or scan them apart with --name"
         for path in fitting:
-            why = f"{names} are both of step {step} and differ: narrow the pattern, or scan them apart with --name"
-            self.note_failure(path, why, where[path])
+            self.failed[path] = Failure(str(path), why)
+        self.note_failure(path, why, where[path])  # of all of them, once
         return None
 
     def measure(self, path: Path, place: Place) -> bool:
@@ -248,6 +253,8 @@ class Work:
             stamp = stamped(path)  # before it is read: what is written meanwhile is another one
             contents = read(path)
             load(model, weights_in(contents, model, self.part))
+            if stamped(path) != stamp:
+                raise CheckpointError("was written anew while it was read")
             measurement, failures = self.measurer(place.step, place.epoch, contents.scalars)
         except Exception as error:  # of the user's own model, too; the other checkpoints may do
             self.note_failure(path, reason(path, error), place)

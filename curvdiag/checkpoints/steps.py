@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from curvdiag.checkpoints.read import Contents
+from curvdiag.checkpoints.read import MOST, Contents
 from curvdiag.errors import ArgumentError
 
 REMEDY = "name the files step=500.pt, checkpoint-500 or epoch=3.pt, save the step in them as 'step', or give --steps"
@@ -57,7 +58,7 @@ def places(paths: Sequence[Path], contents: Sequence[Contents | None]) -> tuple[
     if any(readable) and all(step is None for step in steps):
         shown = ", ".join(path.name for path in paths[:4]) + (", ..." if len(paths) > 4 else "")
         raise ArgumentError(f"nothing tells the steps of the {len(paths)} checkpoints ({shown}): {REMEDY}")
-    return [None if s is None else Place(s, e) for s, e in zip(steps, epochs, strict=True)], kind
+    return [None if s is None or s >= MOST else Place(s, e) for s, e in zip(steps, epochs, strict=True)], kind
 
 
 def step_of(path: Path, found: Contents | None) -> int | None:
@@ -79,14 +80,19 @@ def named(pattern: re.Pattern[str], path: Path) -> int | None:
 
 
 def differing(names: Sequence[str]) -> list[int | None]:
-    """The only number in which the names differ; of a single name its only number; else None for each."""
-    parts = [re.split(r"(\d+)", name) for name in names]
-    numbers = [[int(part) for part in one[1::2]] for one in parts]
-    nothing: list[int | None] = [None] * len(names)
+    """The only number in which the names differ; of a single name its only number; else None for each.
+
+    Of names that have more than numbers apart those count of which there are most: ``net_1.pt`` and ``net_2.pt``
+    beside ``best.pt``, which has none then.
+    """
     if len(names) == 1:
         own = re.findall(r"\d+", Path(names[0]).stem)
-        return [int(own[0])] if len(own) == 1 else nothing
-    if len({tuple(one[::2]) for one in parts}) != 1:
-        return nothing
-    varying = [column for column in zip(*numbers, strict=True) if len(set(column)) > 1]
-    return list(varying[0]) if len(varying) == 1 else nothing
+        return [int(own[0])] if len(own) == 1 else [None]
+    words = [tuple(re.split(r"\d+", name)) for name in names]
+    numbers = [[int(number) for number in re.findall(r"\d+", name)] for name in names]
+    (series, most), *others = Counter(words).most_common()
+    of_series = [number for number, word in zip(numbers, words, strict=True) if word == series]
+    varying = [index for index, column in enumerate(zip(*of_series, strict=True)) if len(set(column)) > 1]
+    if len(varying) != 1 or any(count == most for _, count in others):
+        return [None] * len(names)
+    return [number[varying[0]] if word == series else None for number, word in zip(numbers, words, strict=True)]

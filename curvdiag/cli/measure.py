@@ -46,9 +46,10 @@ def measure(
     """Measure a task once and print what was found; exit code 1 where some of it failed."""
     from rich.console import Console
 
-    from curvdiag.checkpoints.measuring import Measurer, description
+    from curvdiag.checkpoints.measuring import Measurer
     from curvdiag.checkpoints.weights import load_checkpoint
     from curvdiag.cli.task import load_task
+    from curvdiag.monitor.description import describe_settings
     from curvdiag.monitor.settings import Settings
 
     settings = Settings(
@@ -59,7 +60,7 @@ def measure(
         contents = None if checkpoint is None else load_checkpoint(objective.model, checkpoint, part)
         place = (0, None) if contents is None else (contents.step or 0, contents.epoch)
         measurement, failures = measurer(*place, None if contents is None else contents.scalars)
-        settled = description(objective, settings)
+        settled = describe_settings(objective, settings)
     notes = [*measurer.notes, *measurement.notes]
     wrong = {name: f"{type(error).__name__}: {error}" for name, error in failures.items()}
     if machine:

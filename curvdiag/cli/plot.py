@@ -105,6 +105,8 @@ def heatmap_figure(
     from curvdiag import plotting
 
     series = store.densities(operator, block, run)
+    if len(series.steps) == 1:
+        typer.echo("a single measurement is a single column: the monitor's every= says how often to measure", err=True)
     figure = new_figure(7.0, 4.2)
     plotting.heatmap(series, figure.subplots(), time=time.value, scale=scale.value)
     return figure, file_part("heatmap", operator, block)

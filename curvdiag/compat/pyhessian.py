@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -115,7 +116,7 @@ class hessian:
         Raises:
             ArgumentError: An argument is out of range.
         """
-        if isinstance(top_n, bool) or int(top_n) != top_n or not 1 <= top_n <= self.operator.size:
+        if not _whole(top_n) or not 1 <= top_n <= self.operator.size:
             raise ArgumentError(f"top_n is a number of eigenvalues from 1 to {self.operator.size:,}, not {top_n!r}")
         most = top_n * _positive(maxIter, "maxIter")
         pairs = top_eigenpairs(self.operator, int(top_n), which="LM", tol=tol, seed=self._generator, max_matvecs=most)
@@ -198,6 +199,10 @@ def _settled(samples: list[float], tol: float) -> bool:
 
 
 def _positive(number: int, name: str) -> int:
-    if isinstance(number, bool) or int(number) != number or number < 1:
-        raise ArgumentError(f"{name} is a positive number, not {number!r}")
+    if not _whole(number) or number < 1:
+        raise ArgumentError(f"{name} is a positive whole number, not {number!r}")
     return int(number)
+
+
+def _whole(number: Any) -> bool:
+    return isinstance(number, Real) and not isinstance(number, bool) and float(number).is_integer()

@@ -8,10 +8,10 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from curvdiag.errors import ArgumentError
@@ -209,6 +209,30 @@ class SharedMonitor(CurvatureMonitor):
         finally:  # the others wait, whatever went wrong here
             self._share(None if measurement is None else dataclasses.replace(measurement, densities={}))
         return measurement
+
+
+def made_by(function: Callable[..., Any], *given: Any) -> Objective:
+    """The objective that a function of the user's makes."""
+    made = function(*given)
+    if not isinstance(made, Objective):
+        raise ArgumentError(f"objective= is a function that returns an Objective, not {type(made).__name__}")
+    return made
+
+
+def require_trained(objective: Objective, model: nn.Module) -> None:
+    """Refuse an objective, made beforehand, of a model that this training does not move."""
+    if not {id(one) for one in objective.model.parameters()} & {id(one) for one in model.parameters()}:
+        raise ArgumentError(
+            "the objective is of another model than the one that the Trainer trains; give a function that makes it, "
+            "which gets the one that is trained"
+        )
+
+
+def refuse_shards(strategy: str) -> NoReturn:
+    raise ArgumentError(
+        f"CurvatureCallback cannot measure under {strategy}, which gives each process a part of the weights only: use "
+        "one device or DDP, or measure the checkpoints afterwards"
+    )
 
 
 def groups_of(optimizer: Optimizer) -> Groups:

@@ -11,7 +11,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from curvdiag.errors import ArgumentError, CurvdiagError, CurvdiagWarning
-from curvdiag.integrations.common import Groups, Schedules, Session, Store, groups_of
+from curvdiag.integrations.common import (
+    Groups,
+    Schedules,
+    Session,
+    Store,
+    groups_of,
+    made_by,
+    refuse_shards,
+    require_trained,
+)
 from curvdiag.integrations.lightning_bases import remade, with_bases
 from curvdiag.integrations.training_step import training_step_objective
 from curvdiag.monitor import CurvatureMonitor
@@ -35,8 +44,10 @@ class CurvatureCallback:
     Training ends with the same bits as without it. It measures after the optimizer steps that the cadence chooses: real
     steps, whatever the accumulation, and not those that mixed precision skips. Numbers go into the run file, with the
     keys of :class:`~curvdiag.monitor.CurvatureMonitor`, to the trainer's loggers, and on one process into its
-    ``callback_metrics``, where ``ModelCheckpoint(monitor="curv/hessian/lambda_max")`` finds them. Checkpoints hold its
-    state: a resumed training continues the same run, and without a checkpoint each training begins a new one.
+    ``callback_metrics``, where ``ModelCheckpoint(monitor="curv/hessian/lambda_max")`` finds them from the first
+    measurement on, which has to come before the first validation. ``train/loss`` is that of the step that was measured.
+    Checkpoints hold its state: a resumed training continues the same run, and without a checkpoint each training begins
+    a new one.
 
     Without ``objective`` the loss is what ``training_step`` returns on the first few batches of the training's loader,
     in eval mode, its calls of ``self.log`` left out. Each batch gives one number, so quantities of the gradient noise
@@ -102,6 +113,8 @@ class CurvatureCallback:
         self._state: dict[str, Any] | None = None
         self._losses: list[Tensor] = []
         self._mute: set[int] = set()
+        self._metrics: dict[str, float] = {}  # the newest, as the trainer has them
+        self._resumed: dict[str, float] = {}
 
     @property
     def monitor(self) -> CurvatureMonitor | None:
@@ -118,21 +131,18 @@ class CurvatureCallback:
             return
         for kind in type(trainer.strategy).__mro__:
             if kind.__name__ in SHARDED:
-                raise ArgumentError(
-                    f"CurvatureCallback cannot measure under {type(trainer.strategy).__name__}, which gives each "
-                    "process a part of the weights only: use one device or DDP, or measure the checkpoints afterwards"
-                )
-        self._state = None
+                refuse_shards(type(trainer.strategy).__name__)
+        self._state, self._resumed = None, {}
         if self._session is not None and trainer.global_step > 0:  # fit goes on, with new optimizers, as Lightning does
-            self._state = {"monitor": self._session.monitor.state_dict()}
+            self._state, self._resumed = {"monitor": self._session.monitor.state_dict()}, self._metrics
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         # A checkpoint, if there is one, has not reached the optimizers yet.
         self._begun_with = [groups_of(optimizer) for optimizer in trainer.optimizers]
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        self._close()
-        self._session, self._losses, self._mute = None, [], set()
+        self.close()
+        self._session, self._losses, self._mute, self._metrics = None, [], set(), {}
         several, failure = trainer.world_size > 1, None
         together = several and self._schedules is not None
         try:
@@ -188,10 +198,9 @@ class CurvatureCallback:
     def _made(self, module: Any, trainer: Any, *, shared: bool) -> Objective:
         if isinstance(self._objective, Objective):
             made = self._objective
+            require_trained(made, module)
         elif self._objective is not None:
-            made = self._objective(module, trainer)
-            if not isinstance(made, Objective):
-                raise ArgumentError(f"objective= is a function that returns an Objective, not {type(made).__name__}")
+            made = made_by(self._objective, module, trainer)
         else:
             seed = int(self._arguments.get("seed", 0))
             made = training_step_objective(module, trainer, batches=self._batches, seed=seed, shared=shared)
@@ -244,7 +253,9 @@ class CurvatureCallback:
         self._session.monitor.observe_loss(loss)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        numbers = self._tell(trainer)
+        numbers = {**self._resumed, **self._tell(trainer)}
+        self._resumed = {}
+        self._metrics.update(numbers)
         if numbers and trainer.world_size == 1:  # other processes have no such metric, and would wait for it
             pl_module.log_dict(numbers, logger=False, on_step=True, on_epoch=False)
 
@@ -273,13 +284,14 @@ class CurvatureCallback:
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         self._tell(trainer)
-        self._close()
+        self.close()
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         if stage == "fit":
-            self._close()
+            self.close()
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Measure no more, and close the run file if it was given as a path; the end of a fit does it too."""
         if self._session is not None:
             self._session.close()
 
@@ -292,10 +304,14 @@ class CurvatureCallback:
         return "curvdiag.CurvatureCallback" + (f"[{name}]" if name else "")
 
     def state_dict(self) -> dict[str, Any]:
-        return (self._state or {}) if self._session is None else self._session.state_dict()
+        if self._session is None:
+            return self._state or {}
+        return {**self._session.state_dict(), "metrics": dict(self._metrics)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._state = dict(state_dict)  # taken up when the training begins
+        # A checkpoint that is monitored may be due before the next measurement.
+        self._resumed = dict(state_dict.get("metrics", {})) if self._log else {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         """To other processes goes what was given, and no training."""
@@ -303,7 +319,7 @@ class CurvatureCallback:
         return (
             remade,
             (getattr(self, "given_as", type(self)),),
-            {**state, "_session": None, "_losses": [], "_mute": set()},
+            {**state, "_session": None, "_losses": [], "_mute": set(), "_metrics": {}, "_resumed": {}},
         )
 
 

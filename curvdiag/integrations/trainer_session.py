@@ -23,6 +23,8 @@ class TrainerSession(Session):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         self._due = False
         self._warned = False
+        state = options.get("state") or {}
+        self._without_loss: list[int] = list(state.get("without_loss", []))
         super().__init__(*arguments, **options)
         self._moves_rates = any(not isinstance(one, PScheduler) for one in self.schedules)
         self._rates = [group["lr"] for group in groups_of(self.optimizer)]
@@ -46,6 +48,23 @@ class TrainerSession(Session):
         self._due = False
         super()._after_step(self.optimizer)
         self._rates = [group["lr"] for group in groups_of(self.optimizer)]
+
+    def news(self) -> list[tuple[int, dict[str, float]]]:
+        found = super().news()
+        self._without_loss += [step for step, _ in found]
+        return found
+
+    def write_loss(self, loss: float) -> None:
+        """Write the mean that the Trainer logs beside what was measured in the steps that it is of.
+
+        Into the run file only: the Trainer's reports hold its losses, and W&B under the same key.
+        """
+        for step in self._without_loss if not self.monitor.closed else ():
+            self.monitor._recorder.numbers(step, {"train/loss": loss}, None)
+        self._without_loss = []
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "without_loss": list(self._without_loss)}
 
     def _notice(self, theirs: Any) -> None:
         now = [float(rate) for rate in theirs.get_last_lr()] if hasattr(theirs, "get_last_lr") else None

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from curvdiag.data import Batch, first_batches
+from curvdiag.data import Batch
 from curvdiag.errors import ArgumentError, LossError
 from curvdiag.integrations.lightning_bases import PACKAGES
+from curvdiag.loaders import first_batches
 from curvdiag.objective import Objective
 from curvdiag.sandbox import random_states
 

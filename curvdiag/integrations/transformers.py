@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from curvdiag.errors import ArgumentError, CurvdiagWarning
 from curvdiag.extras import require
-from curvdiag.integrations.common import Groups, Schedules, Store, groups_of
+from curvdiag.integrations.common import Groups, Schedules, Store, groups_of, made_by, refuse_shards, require_trained
 from curvdiag.integrations.trainer_reports import reporters
 from curvdiag.integrations.trainer_session import TrainerSession, inner_optimizer, packed, unpacked
 from curvdiag.monitor import CurvatureMonitor, Measurement
@@ -36,12 +36,14 @@ class CurvatureCallback(callbacks.TrainerCallback, callbacks.ExportableState):
     whatever the gradient accumulation; steps are the Trainer's ``global_step``. Numbers go into the run file, with the
     keys of :class:`~curvdiag.monitor.CurvatureMonitor`, into ``trainer.state.log_history`` as entries of their own, and
     to TensorBoard (as a run ``curvature`` beside the Trainer's own), Weights & Biases and MLflow where ``report_to``
-    names them. Checkpoints hold its state in ``trainer_state.json``: ``resume_from_checkpoint`` continues the same run.
+    names them. In the run file ``train/loss`` is the mean that the Trainer logs, of the ``logging_steps`` in which
+    the measurement lies. Checkpoints hold its state in ``trainer_state.json``: ``resume_from_checkpoint`` continues the
+    same run.
 
     Probe batches are measured with the model's own loss and the Trainer's ``label_smoothing_factor``, in eval mode and
     in the precision of the weights (without the autocast of ``bf16=True``): the mean over all predicted tokens, see
-    :meth:`curvdiag.Objective.from_huggingface`. A Trainer with a loss of its own (``compute_loss_func``) needs an
-    objective, as does a choice of parameters::
+    :meth:`curvdiag.Objective.from_huggingface`. A Trainer with a loss of its own (``compute_loss_func``, or another
+    ``compute_loss``), which no callback can see, needs an objective, as does a choice of parameters::
 
         CurvatureCallback(lambda model, args: Objective.from_huggingface(model, batches, params="*.mlp.*"))
 
@@ -66,6 +68,7 @@ class CurvatureCallback(callbacks.TrainerCallback, callbacks.ExportableState):
 
     Attributes:
         monitor: The monitor of the present or last training; None before the first, and where another process measures.
+        schedules: What ``schedules=`` made, in that training.
     """
 
     def __init__(
@@ -94,6 +97,14 @@ class CurvatureCallback(callbacks.TrainerCallback, callbacks.ExportableState):
     def monitor(self) -> CurvatureMonitor | None:
         return None if self._session is None else self._session.monitor
 
+    @property
+    def schedules(self) -> list[Any]:
+        return [] if self._session is None else list(self._session.schedules)
+
+    def _given(self) -> dict[str, Any]:
+        """What a copy of the callback gets: everything but the training."""
+        return {**vars(self), "_session": None, "_closing": None, "_begun_with": [], "_place": 0}
+
     def close(self) -> None:
         """Measure no more, and close the run file if it was given as a path; the end of a training does it too."""
         if self._closing is not None:
@@ -108,10 +119,7 @@ class CurvatureCallback(callbacks.TrainerCallback, callbacks.ExportableState):
         self._session = None
         for name in ("fsdp", "deepspeed"):
             if getattr(args, name, None):
-                raise ArgumentError(
-                    f"CurvatureCallback cannot measure under {name}, which gives each process a part of the weights "
-                    "only: use one device or DDP, or measure the checkpoints afterwards"
-                )
+                refuse_shards(name)
         # Several callbacks of this kind share one place in the checkpoint.
         self._place = vars(state).get("_curvdiag_callbacks", 0)
         vars(state)["_curvdiag_callbacks"] = self._place + 1
@@ -140,25 +148,17 @@ class CurvatureCallback(callbacks.TrainerCallback, callbacks.ExportableState):
     def _made(self, model: Any, args: Any, loader: Any) -> Objective:
         given = self._objective
         if isinstance(given, Objective):
-            made = given
-        elif callable(given) and not isinstance(given, Dataset | DataLoader):
-            made = given(model, args)
-            if not isinstance(made, Objective):
-                raise ArgumentError(f"objective= is a function that returns an Objective, not {type(made).__name__}")
-        else:
-            batches = given
-            if _holds_samples(given):
-                collate = getattr(loader, "collate_fn", None)
-                batches = DataLoader(given, batch_size=args.per_device_eval_batch_size, collate_fn=collate)
-            several = getattr(getattr(model, "config", None), "problem_type", "") == "multi_label_classification"
-            smoothing = 0.0 if several else args.label_smoothing_factor  # the Trainer does not smooth several labels
-            made = Objective.from_huggingface(model, batches, label_smoothing=smoothing)
-        if not {id(one) for one in made.model.parameters()} & {id(one) for one in model.parameters()}:
-            raise ArgumentError(
-                "the objective is of another model than the one that the Trainer trains; give probe batches, or a "
-                "function (model, args) -> Objective, which gets the one that is trained"
-            )
-        return made
+            require_trained(given, model)
+            return given
+        if callable(given) and not isinstance(given, Dataset | DataLoader):
+            return made_by(given, model, args)
+        batches = given
+        if _holds_samples(given):
+            collate = getattr(loader, "collate_fn", None)
+            batches = DataLoader(given, batch_size=args.per_device_eval_batch_size, collate_fn=collate)
+        several = getattr(getattr(model, "config", None), "problem_type", "") == "multi_label_classification"
+        smoothing = 0.0 if several else args.label_smoothing_factor  # the Trainer does not smooth several labels
+        return Objective.from_huggingface(model, batches, label_smoothing=smoothing)
 
     def _completed(self, args: Any, model: Any, state: Any) -> dict[str, Any]:
         """The monitor's arguments, with what the Trainer knows."""
@@ -183,16 +183,12 @@ class CurvatureCallback(callbacks.TrainerCallback, callbacks.ExportableState):
             return
         self._session.step_schedules(lr_scheduler)
         for step, numbers in self._session.news():
-            told = {key: value for key, value in numbers.items() if key != "train/loss"}
-            if told and self._log and state.is_world_process_zero:
-                state.log_history.append({**told, "epoch": state.epoch, "step": step})
+            if self._log and state.is_world_process_zero:
+                state.log_history.append({**numbers, "epoch": state.epoch, "step": step})
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        monitor = self.monitor
-        if monitor is None or monitor.closed or monitor.latest is None or "loss" not in (logs or {}):
-            return
-        if monitor.latest.step == state.global_step:
-            monitor.record({"train/loss": float(logs["loss"])})
+        if self._session is not None and "loss" in (logs or {}):
+            self._session.write_loss(float(logs["loss"]))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.close()
@@ -280,6 +276,7 @@ def _remake_as(callback: CurvatureCallback) -> None:
     live = weakref.ref(callback)
     kind = type(callback)
     body = {
+        "__reduce__": lambda self: (_copied, (kind, self._given())),
         "__module__": kind.__module__,
         "__qualname__": kind.__qualname__,
         "__doc__": kind.__doc__,
@@ -287,3 +284,11 @@ def _remake_as(callback: CurvatureCallback) -> None:
         "__init__": lambda self, *_, **__: None,
     }
     callback.__class__ = type(kind.__name__, (kind,), body)
+
+
+def _copied(kind: type[CurvatureCallback], given: dict[str, Any]) -> CurvatureCallback:
+    """A copy of a callback, also in another process."""
+    twin = object.__new__(kind)
+    twin.__dict__.update(given)
+    _remake_as(twin)
+    return twin

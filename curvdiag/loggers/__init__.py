@@ -6,8 +6,9 @@
 
     monitor = CurvatureMonitor(objective, "run.db", loggers=[TensorBoardLogger("runs/first"), print])
 
-The run file stays the truth. A logger that fails is warned about once and left out, and training goes on; none of them
-changes a bit of it. Loggers of your own have the four methods of :class:`Logger`.
+The run file stays the truth, and standard errors are only there. A logger that fails is warned about once and left
+out, and training goes on; none of them changes a bit of it. Loggers of your own have the four methods of
+:class:`Logger`.
 """
 
 from curvdiag.loggers.mlflow import MLflowLogger

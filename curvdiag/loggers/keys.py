@@ -12,7 +12,7 @@ HEATMAP = "curv/hessian/heatmap"
 
 
 def measured_numbers(measurement: Measurement) -> dict[str, float]:
-    """The numbers of a measurement, with ``train/...`` as ``curv/train/...``.
+    """The numbers of a measurement, with ``train/...`` as ``curv/train/...``; standard errors are in the run file.
 
     What a monitor notes of the training must not mix with what the training logs by itself, often under the same key.
     """

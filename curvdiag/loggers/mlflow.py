@@ -45,7 +45,8 @@ class MLflowLogger:
         self, run_id: str | None = None, *, experiment: str | None = None, tracking_uri: str | None = None
     ) -> None:
         self._mlflow = require("mlflow", extra="mlflow")
-        self.run_id, self._experiment, self._uri = run_id, experiment, tracking_uri
+        self._given, self._experiment, self._uri = run_id, experiment, tracking_uri
+        self.run_id = run_id
         self._owns_run = False
         self._client: Any = None
         self._names = Names()
@@ -54,11 +55,11 @@ class MLflowLogger:
     def begin(self, name: str, config: Mapping[str, Any]) -> None:
         self._client = self._mlflow.MlflowClient(self._uri)
         active = self._mlflow.active_run() if self._uri is None else None
-        if self.run_id is None and active is not None:
-            self.run_id = active.info.run_id
-        elif self.run_id is None:  # made by the client, so that it does not become the active one of the training
-            self._owns_run = True
+        # Each time anew: the run of an earlier monitor may have ended.
+        self.run_id, self._owns_run = self._given if active is None else self._given or active.info.run_id, False
+        if self.run_id is None:  # made by the client, so that it does not become the active one of the training
             self.run_id = self._client.create_run(self._experiment_id(), run_name=name).info.run_id
+            self._owns_run = True
         held = self._client.get_run(self.run_id).data.params
         new = [(key, value) for key, value in parameters(config).items() if key not in held]
         entity = self._mlflow.entities.Param

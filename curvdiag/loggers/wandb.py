@@ -44,6 +44,7 @@ class WandbLogger:
 
     def __init__(self, run: wandb.Run | None = None, **init: Any) -> None:
         self._wandb = require("wandb", extra="wandb")
+        self._given = run
         self.run: Any = run
         self._init, self._owns_run = init, False
         self._defined: set[str] = set()
@@ -52,9 +53,11 @@ class WandbLogger:
         self._evolution = Evolution()
 
     def begin(self, name: str, config: Mapping[str, Any]) -> None:
+        # Each time anew: the run of an earlier monitor may have ended.
+        self.run, self._owns_run = self._wandb.run if self._given is None else self._given, False
         if self.run is None:
-            self._owns_run = self._wandb.run is None
-            self.run = self._wandb.init(**{"name": name, **self._init}) if self._owns_run else self._wandb.run
+            self.run, self._owns_run = self._wandb.init(**{"name": name, **self._init}), True
+        self._defined, self._row, self._has_steps = set(), None, True
         own = {"curvdiag": config["curvdiag"]} if "curvdiag" in config else {}
         self.run.config.setdefaults(dict(config))  # what the user's own run says of itself stays
         self.run.config.update(own, allow_val_change=True)

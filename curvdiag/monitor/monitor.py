@@ -7,7 +7,6 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from types import TracebackType
 from typing import Any, Self
 
 import torch
@@ -260,6 +259,10 @@ class CurvatureMonitor(Follower):
         self._recorder.numbers(self.steps_done, numbers, self._present_epoch())
         self._loggers.numbers(self.steps_done, numbers)
 
+    def event(self, kind: str, message: str) -> None:
+        """Write into the run that something happened at the present step; the kind is a word, the message says what."""
+        self._recorder.event(self.steps_done, kind, message, self._present_epoch())
+
     @property
     def latest(self) -> Measurement | None:
         """The last measurement that succeeded."""
@@ -281,7 +284,7 @@ class CurvatureMonitor(Follower):
         return self._closed
 
     def _description(self) -> dict[str, Any]:
-        return describe(self._config, self.objective, self.settings, self.cadence)
+        return describe(self._config, self.objective, self.settings, self.cadence, self._optimizer)
 
     def _introduction(self) -> tuple[str, dict[str, Any]]:
         return self._recorder.name, self._description()
@@ -289,12 +292,12 @@ class CurvatureMonitor(Follower):
     def _failed(self, what: str, error: Exception) -> None:
         message = f"{type(error).__name__}: {error}"
         self._warn(what, f"the {what} at step {self.steps_done} failed and training goes on. {message}")
-        self._recorder.event(self.steps_done, "error", message, self._present_epoch())
+        self.event("error", message)
 
     def _logger_failed(self, logger: Logger, error: Exception) -> None:
         message = f"the logger {logger!r} failed and is left out from now on. {type(error).__name__}: {error}"
         self._warn(message, f"at step {self.steps_done} {message}; training goes on")
-        self._recorder.event(self.steps_done, "error", message, self._present_epoch())
+        self.event("error", message)
 
     def _warn(self, kind: str, message: str) -> None:
         if kind not in self._warned:
@@ -314,9 +317,7 @@ class CurvatureMonitor(Follower):
         self.clock.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     # Restarting

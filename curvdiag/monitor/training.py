@@ -27,14 +27,15 @@ def was_skipped(optimizer: Optimizer) -> bool:
 def optimizer_scalars(optimizer: Optimizer) -> dict[str, float]:
     """Learning rate, momentum and p of each parameter group, by key.
 
-    Groups are named by their ``name`` where they have one, else by number. Momentum is ``momentum``, or the first
-    of ``betas``.
+    Groups are named by their ``name`` where they have one, else by number. Momentum is ``momentum``, the first of
+    ``betas``, or ``beta``.
     """
     scalars: dict[str, float] = {}
     for index, group in enumerate(optimizer.param_groups):
         name = group.get("name", index)
         betas = group.get("betas")
-        momentum = group.get("momentum", betas[0] if isinstance(betas, tuple | list) and betas else None)
+        beta = betas[0] if isinstance(betas, tuple | list) and betas else group.get("beta")
+        momentum = group.get("momentum", beta)
         for key, value in (("lr", group.get("lr")), ("momentum", momentum), ("p", group.get("p"))):
             number = as_number(value)
             if number is not None:

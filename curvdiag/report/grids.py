@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 CELLS = 320  # along the eigenvalues: four to a kernel's width
 FINER = 8  # nodes are gathered on a grid this many times finer before they are smoothed
 TYPICAL = 50  # densities that an axis is chosen from
+FEW = 4  # ticks
 LEVELS = 255  # 0 is below the floor; a level is then 2 to 5 % of the density
 
 
@@ -50,7 +51,7 @@ def grid(series: DensitySeries, limit: int) -> dict[str, Any] | None:
     floor = math.log(min(axis.one_eigenvalue(one.size) for one in densities) / 20)
     top = max(math.log(max(float(heights.max()), 1e-300)), floor + math.log(10))
     known = [atoms(one)[0] for one in densities]
-    ticks = linear_ticks(axis.low, axis.high) if axis.linear else axis.ticks()
+    ticks = linear_ticks(axis.low, axis.high) if axis.linear else logarithmic_ticks(axis)
     places = axis.position(np.array(ticks, dtype=np.float64))
     return {
         "operator": series.operator,
@@ -111,6 +112,17 @@ def quantised(heights: np.ndarray, floor: float, top: float) -> np.ndarray:
     logs = np.log(np.maximum(heights, 1e-300))
     levels = 1 + np.round((logs - floor) / (top - floor) * (LEVELS - 1))
     return np.where(logs < floor, 0, np.clip(levels, 1, LEVELS)).astype(np.uint8)
+
+
+def logarithmic_ticks(axis: EigenvalueAxis) -> list[float]:
+    """Powers of ten; on a short axis 2 and 5 times these as well."""
+    ticks = axis.ticks()
+    if len(ticks) > FEW:
+        return ticks
+    low, high = axis.eigenvalue(np.array([axis.low, axis.high]))
+    powers = range(math.floor(math.log10(axis.threshold)), math.ceil(math.log10(max(-low, high))))
+    sizes = [one * 10.0**k for k in powers for one in (1, 2, 5) if one * 10.0**k >= axis.threshold]
+    return [tick for tick in sorted([*(-size for size in sizes), 0.0, *sizes]) if low <= tick <= high]
 
 
 def linear_ticks(low: float, high: float) -> list[float]:

@@ -22,7 +22,9 @@ from curvdiag.report.encoding import script_json
 if TYPE_CHECKING:
     from curvdiag.record.queries import RunKey
 
-SCRIPTS = ("decode.js", "theme.js", "lines.js", "spectrum.js", "layers.js", "sections.js", "tables.js", "page.js")
+SCRIPTS = (
+    "decode.js", "theme.js", "lines.js", "edge.js", "spectrum.js", "layers.js", "sections.js", "tables.js", "page.js",
+)  # fmt: skip
 DASHES = ("solid", "dash", "dashdot", "dot", "longdash", "longdashdot", "5px,2px")
 
 

@@ -118,7 +118,10 @@ class PredictedDecreaseP(PScheduler):
         self._seen: dict[str, float] = {}
         self._winners: dict[str, float] = {}
         self._trigger = Source(source, {}, needs=(), owner=name) if isinstance(source, CurvatureMonitor) else None
-        self._source = Source(self._measure, {"measured": ""}, needs=(), refresh=every or 1, owner=name)
+        monitor = source if isinstance(source, CurvatureMonitor) else None
+        self._source = Source(
+            self._measure, {"measured": ""}, needs=(), refresh=every or 1, owner=name, monitor=monitor
+        )
         Layout.of(optimizer, self.objective)
         if self.objective is not None:
             self._try(self.objective)

@@ -60,6 +60,7 @@ class Source:
         pick: Takes the numbers by the schedule's names out of a callable's answer; by default the answer itself, its
             items or its attributes, by :func:`as_float`.
         partial: Report the numbers there are, where some are missing, NaN or infinite.
+        monitor: In whose run what is logged is an event too; the source, if it is a monitor.
 
     Raises:
         ArgumentError: ``source`` is neither; the monitor does not measure what is needed; ``refresh`` is below 1.
@@ -80,6 +81,7 @@ class Source:
         owner: str,
         pick: Callable[[Any], Mapping[str, float]] | None = None,
         partial: bool = False,
+        monitor: CurvatureMonitor | None = None,
     ) -> None:
         if not isinstance(source, CurvatureMonitor) and not callable(source):
             given = "None; where one rank alone measures, give every rank a function that broadcasts its number"
@@ -94,6 +96,7 @@ class Source:
         self.complaint = self.noticed = ""
         self._pick = self._by_name if pick is None else pick
         self._partial = partial
+        self._monitor = source if isinstance(source, CurvatureMonitor) else monitor
         self._taken: int | None = None
         self._given: int | None = None  # the step of the last measurement of a monitor that a function gave
         self._waiting: tuple[int, dict[str, float]] | None = None
@@ -132,12 +135,14 @@ class Source:
         self.complain(kind, f"{why}; {since}")
 
     def complain(self, kind: str, message: str) -> None:
-        """Log a warning, once for each kind until something succeeds."""
+        """Log a warning, and record it as an event of the run, once for each kind until something succeeds."""
         self.complaint = message
         if kind not in self._complained:
             self._complained.add(kind)
             self.noticed = message
             log.warning("%s: %s", self.owner, message)
+            if self._monitor is not None and not self._monitor.closed:
+                self._monitor.event("schedule", f"{self.owner}: {message}")
 
     def succeed(self) -> None:
         """Forget all complaints."""

@@ -1,17 +1,22 @@
 """A griffe extension: docstrings with rst-ish roles, tables and ``::`` blocks become Markdown that the site renders.
 
 It reads ``:class:`~curvdiag.Objective``` as a link, a simple table as a Markdown table, ``::`` as a fence, and gives
-``a, b: text`` in a section an entry each, since Google style knows one name a line.
+``a, b: text`` in a section an entry each, since Google style knows one name a line. An error that is only named is
+explained in its class's own words.
 """
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import re
 import textwrap
 from collections.abc import Iterator
 from typing import Any
 
-from griffe import Alias, Extension, Module, Object
+from griffe import Alias, AliasResolutionError, CyclicAliasError, Extension, Module, NameResolutionError, Object
+
+from curvdiag import errors
 
 ROLE = re.compile(r":(?:class|func|meth|attr|data|mod):`(~?)([\w.]+)`")
 RULE = re.compile(r"^=+(?:  +=+)+$")
@@ -43,16 +48,26 @@ def markdown(text: str, thing: Object | None = None) -> str:
 
 
 def link(name: str, short: bool, thing: Object | None) -> str:
-    shown = name.rsplit(".", 1)[-1] if short else name
-    target = name
-    if thing is not None:
-        try:
-            target = thing.resolve(name)
-            found = thing.modules_collection[target]
-            target = found.canonical_path
-        except Exception:  # a name of another package, or of the text alone: shown as code
-            target = name
+    shown = short_name(name) if short else name
+    target = name if thing is None else place(name, thing)
     return f'<autoref optional identifier="{target}"><code>{shown}</code></autoref>'
+
+
+def place(name: str, thing: Object) -> str:
+    """Where the object stands that ``thing`` calls so; a name of another package, or of the text alone, as it is."""
+    with contextlib.suppress(NameResolutionError):  # then it may be the whole path
+        name = thing.resolve(name)
+    try:
+        found = thing.modules_collection[name]
+        if found.is_module and short_name(name) in found.members:  # the function that its file is named after
+            found = found.members[short_name(name)]
+        return found.canonical_path
+    except (KeyError, AliasResolutionError, CyclicAliasError):
+        return name
+
+
+def short_name(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def sections(lines: list[str]) -> Iterator[str]:
@@ -65,14 +80,19 @@ def sections(lines: list[str]) -> Iterator[str]:
         if inside and several:
             names = several[2].split(", ")
             if several[3] is None:
-                yield from (f"    {name}: " for name in names)
+                yield from (f"    {name}: {meaning(name)}" for name in names)
             else:
                 yield from (f"    {name}: See ``{names[-1]}``." for name in names[:-1])
                 yield f"    {names[-1]}:{several[3]}"
         elif inside and alone:
-            yield f"    {alone[2]}: "
+            yield f"    {alone[2]}: {meaning(alone[2])}"
         else:
             yield line
+
+
+def meaning(name: str) -> str:
+    """The first line of an error's docstring; nothing for other names."""
+    return (inspect.getdoc(getattr(errors, name)) or "").split("\n")[0] if hasattr(errors, name) else ""
 
 
 def tables(lines: list[str]) -> Iterator[str]:

@@ -75,4 +75,5 @@ def written_type(kind: Any) -> str:
 
 
 def written(default: Any) -> str:
-    return "" if default in (None, False, "", []) else f"`{getattr(default, 'value', default)}`"
+    nothing = default is None or default is False or default in ("", [])
+    return "" if nothing else f"`{getattr(default, 'value', default)}`"

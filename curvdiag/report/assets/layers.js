@@ -7,7 +7,7 @@ const LAYER_WORDS = {
 };
 
 function quantityName(quantity) {
-  return LAYER_WORDS[quantity] || quantity.replace("anisotropy/", "").replace(/_/g, " ");
+  return own(LAYER_WORDS, quantity) || quantity.replace("anisotropy/", "").replace(/_/g, " ");
 }
 
 function chosenQuantity() {
@@ -44,8 +44,11 @@ const layerFigure = {
   get caption() {
     return `${quantityName(chosenQuantity())}, by layer and step. The block of a layer is that of its own parameters.`;
   },
+  height() {
+    return Math.min(Math.max(90 + 22 * layerTable(state.run).get(chosenQuantity()).length, 200), 1100);
+  },
   draw() {
-    const { layers, steps, rows, errors } = layerMatrix();
+    const { quantity, layers, steps, rows, errors } = layerMatrix();
     const values = rows.flat().filter(Number.isFinite);
     const low = values.reduce((a, b) => Math.min(a, b), Infinity);
     const high = values.reduce((a, b) => Math.max(a, b), -Infinity);
@@ -57,6 +60,7 @@ const layerFigure = {
       ? { colorscale: densityScale(), zmin: Math.log10(low), zmax: Math.log10(high) }
       : low < 0 ? { colorscale: signedScale(), zmin: -size, zmax: size } : { colorscale: densityScale() };
     const bar = { thickness: narrow() ? 8 : 14, outlinewidth: 0, tickcolor: theme().soft,
+      title: { text: quantity === "lambda_max" ? "λmax" : quantityName(quantity).split(" of ")[0], side: "right" },
       ...(log ? powerTicks(Math.log10(low), Math.log10(high)) : {}) };
     const shown = (value) => (Number.isFinite(value) ? (log ? Math.log10(value) : value) : null);
     const text = rows.map((row, i) => row.map((value, j) => {
@@ -72,7 +76,7 @@ const layerFigure = {
     const every = Math.ceil(layers.length / 70);
     const places = layers.map((_, i) => i).filter((i) => i % every === 0);
     const layout = {
-      height: Math.min(Math.max(90 + 22 * layers.length, 200), 1100), xaxis: { ...stepAxis(steps), showgrid: false },
+      xaxis: { ...stepAxis(steps), showgrid: false, zeroline: false },
       yaxis: { tickvals: places, ticktext: places.map((i) => plain(cut(names[i], length))), showgrid: false,
         autorange: "reversed", zeroline: false },
       uirevision: chosenQuantity(),

@@ -5,6 +5,7 @@
  * ``level`` draws a dotted line across; ``capped`` ends the axis where the first line would be pressed flat. */
 function lineFigure({ id, title, caption = "", yTitle = "", lines, table, level, capped = false }) {
   const figure = { id, title, caption, lines };
+  figure.height = () => (capped ? 320 : 260) + 18 * Math.floor(lines().length / 3);
   figure.draw = () => drawLines(lines(), yTitle, level, capped);
   figure.alt = () => describe(title, lines());
   figure.table = table || (() => linesTable(title, lines()));
@@ -37,8 +38,7 @@ function drawLines(lines, yTitle, level, capped) {
   const shapes = level === undefined ? [] : [levelLine(level)];
   const annotations = finite(lines).length ? [] : [{ text: "no finite value", showarrow: false, xref: "paper", x: 0.5,
     yref: "paper", y: 0.5 }];
-  const layout = { height: 260 + 18 * Math.floor(lines.length / 3), yaxis, shapes, annotations,
-    xaxis: stepAxis(lines.flatMap((line) => line.steps)) };
+  const layout = { yaxis, shapes, annotations, xaxis: stepAxis(lines.flatMap((line) => line.steps)) };
   return { data, layout: baseLayout(layout) };
 }
 
@@ -143,42 +143,4 @@ function linesTable(title, lines) {
     head: ["step", ...columns.map((one) => one.label)],
     rows: steps.map((step) => [step, ...columns.map((one) => one.at(step))]),
   };
-}
-
-/** ``lambda_max`` with the edges that the learning rate sets. ``limits(beta)`` gives [factor, label] pairs. */
-function edgeLines(run, key, limits) {
-  const lines = [asLine(series(run, key), "λmax")];
-  const groups = namesUnder(run, "train/lr/").map((name) => name.slice("train/lr/".length));
-  const seen = new Set();
-  for (const group of groups.slice(0, 3)) {
-    const lr = series(run, `train/lr/${group}`);
-    const momentum = series(run, `train/momentum/${group}`);
-    const of = groups.length > 1 ? `, group ${group}` : "";
-    for (const [factor, label] of limits(momentum)) {
-      const values = lr.values.map((rate, i) => (rate > 0 ? factor(momentum ? valueAt(momentum, lr.steps[i]) : 0) / rate
-        : NaN));
-      if (seen.has(label + values.join())) continue; // groups with one rate have one edge
-      seen.add(label + values.join());
-      lines.push({ label: label + of, steps: lr.steps, epochs: lr.epochs, values });
-    }
-  }
-  return lines;
-}
-
-function hasMomentum(momentum) {
-  return momentum !== null && momentum.values.some((beta) => beta > 0);
-}
-
-function plainLimits(momentum) {
-  const limits = [[() => 2, "2 / lr"]];
-  if (hasMomentum(momentum)) limits.push([(beta) => 2 * (1 + beta), "2 (1 + β) / lr, heavy ball"]);
-  return limits;
-}
-
-function preconditionedLimits(momentum) {
-  const limits = [[() => 2, "2 / lr"]];
-  if (hasMomentum(momentum)) {
-    limits.push([(beta) => (2 * (1 + beta)) / (1 - beta), "2 (1 + β) / ((1 − β) lr), averaged momentum"]);
-  }
-  return limits;
 }

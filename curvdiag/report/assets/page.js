@@ -2,8 +2,12 @@
 // The page: builds the sections, keeps the figures drawn, and follows a live run.
 
 const state = { data: null, run: null, block: "", quantity: "", step: 0, follow: true, signature: "" };
-const drawn = new Map(); // by the figure's id: {figure, div, details}
-let waiting = []; // figures that are not drawn yet
+const entries = new Map(); // by the figure's id: {figure, div, details, caption, stale}
+const near = new Set(); // the elements of figures on the screen, and a screen above and below
+const sight = new IntersectionObserver((seen) => {
+  seen.forEach((one) => (one.isIntersecting ? near.add(one.target) : near.delete(one.target)));
+  drawNext();
+}, { rootMargin: "100% 0px" });
 
 const byId = (id) => document.getElementById(id);
 
@@ -21,7 +25,7 @@ function take(data) {
     element("div", {}, element("dt", { textContent: fact }), element("dd", { textContent: value }))));
   const sections = sectionsOf(state.run);
   const signature = JSON.stringify([
-    id, sections.map((one) => [one.id, one.note, one.figures.map((figure) => figure.id)]),
+    id, sections.map((one) => [one.id, one.note, one.figures.map((figure) => figure.id), (one.parts || []).length]),
     state.run.densities.map(densityName), [...layerTable(state.run).keys()],
   ]);
   if (signature !== state.signature) build(sections);
@@ -44,15 +48,17 @@ function listRuns(id) {
 
 function build(sections) {
   const focused = document.activeElement && document.activeElement.id;
-  drawn.forEach(({ div }) => Plotly.purge(div));
-  drawn.clear();
-  waiting = [];
+  entries.forEach(({ div }) => Plotly.purge(div));
+  entries.clear();
+  sight.disconnect();
+  near.clear();
+  delete document.documentElement.dataset.drawn;
   byId("contents").replaceChildren(...sections.map((one) =>
     element("a", { href: `#${one.id}`, textContent: one.link || one.title })));
   byId("main").replaceChildren(...sections.map(sectionElement));
   moveSlider();
   if (focused && byId(focused)) byId(focused).focus({ preventScroll: true });
-  drawNext();
+  entries.forEach(({ div }) => sight.observe(div)); // which at once reports what is near
 }
 
 function sectionElement(one) {
@@ -72,15 +78,17 @@ function figureElement(figure) {
   const caption = element("figcaption", { textContent: figure.caption });
   const details = element("details", {}, element("summary", { textContent: "Numbers",
     attributes: { "aria-label": `Numbers of ${figure.title || figure.caption}` } }));
-  const entry = { figure, div, details, caption };
+  const entry = { figure, div, details, caption, stale: true };
+  div.style.minHeight = `${figure.height()}px`; // so that nothing moves when it is drawn
   details.addEventListener("toggle", () => { if (details.open) fillTable(entry); });
-  drawn.set(figure.id, entry);
-  waiting.push(entry);
+  entries.set(figure.id, entry);
+  describeFigure(entry);
   const title = figure.title ? element("h3", { textContent: figure.title }) : null;
   return element("figure", {}, title, div, caption, details);
 }
 
 function fillTable({ figure, details }) {
+  if (!details.open) return undefined;
   const old = details.querySelector(".scroll");
   const made = tableElement(figure.table());
   if (!old) return details.append(made);
@@ -90,41 +98,62 @@ function fillTable({ figure, details }) {
   return undefined;
 }
 
-function drawFigure(entry) {
-  const { figure, div, caption, details } = entry;
-  const { data, layout } = figure.draw();
-  const first = !div.classList.contains("js-plotly-plot");
-  Plotly.react(div, data, ink.printing ? { ...layout, width: PRINT_WIDTH } : layout, CONFIG);
-  div.setAttribute("aria-label", figure.alt());
-  caption.textContent = figure.caption;
-  if (first && figure.ready) figure.ready(div);
-  if (details.open) fillTable(entry);
+/** What stands around a figure, which is there before it is drawn. */
+function describeFigure(entry) {
+  entry.div.setAttribute("aria-label", entry.figure.alt());
+  entry.caption.textContent = entry.figure.caption;
+  fillTable(entry);
 }
 
-/** The figures one after the other, so that the page answers meanwhile; the topmost first. */
+function drawFigure(entry) {
+  const { figure, div } = entry;
+  const { data, layout } = figure.draw();
+  const first = !isDrawn(entry);
+  const size = { height: figure.height(), ...(ink.printing ? { width: PRINT_WIDTH } : {}) };
+  Plotly.react(div, data, { ...layout, ...size }, CONFIG);
+  div.style.minHeight = `${size.height}px`;
+  entry.stale = false;
+  if (first && figure.ready) figure.ready(div);
+}
+
+function isDrawn({ div }) {
+  return div.classList.contains("js-plotly-plot");
+}
+
+/** The figures near the screen one after the other, so that the page answers meanwhile; the topmost first. */
 function drawNext() {
-  const entry = waiting.shift();
+  clearTimeout(drawNext.timer);
+  const entry = [...entries.values()].find(({ div, stale }) => stale && near.has(div));
   if (!entry) {
-    document.documentElement.dataset.drawn = "all";
+    document.documentElement.dataset.drawn = "near";
     return;
   }
   delete document.documentElement.dataset.drawn;
   drawFigure(entry);
-  clearTimeout(drawNext.timer);
   drawNext.timer = setTimeout(drawNext, 0);
+}
+
+/** One figure with its words again, now. */
+function update(id) {
+  drawFigure(entries.get(id));
+  describeFigure(entries.get(id));
 }
 
 /** Redraw what is there, with the closures of the new run. */
 function refresh(sections) {
-  sections.flatMap((one) => one.figures).forEach((figure) => { drawn.get(figure.id).figure = figure; });
+  sections.flatMap((one) => one.figures).forEach((figure) => {
+    const entry = entries.get(figure.id);
+    entry.figure = figure;
+    describeFigure(entry);
+  });
   sections.filter((one) => one.parts && one.parts.length).forEach((one) =>
-    byId(one.id).querySelector(".scroll").replaceWith(tableElement(one.parts[0])));
+    byId(one.id).querySelector(":scope > .scroll").replaceWith(tableElement(one.parts[0])));
   moveSlider();
   redraw();
 }
 
 function redraw() {
-  waiting = [...drawn.values()];
+  entries.forEach((entry) => { entry.stale = true; });
   drawNext();
 }
 
@@ -139,7 +168,7 @@ function densityChooser() {
   select.addEventListener("change", () => {
     state.block = select.value;
     moveSlider();
-    ["heatmap", "spectrum"].forEach((id) => drawFigure(drawn.get(id)));
+    ["heatmap", "spectrum"].forEach(update);
   });
   return element("div", { className: "controls" }, element("div", {},
     element("label", { htmlFor: "block", textContent: "Spectrum of" }), select));
@@ -153,7 +182,7 @@ function quantityChooser() {
   select.value = chosenQuantity();
   select.addEventListener("change", () => {
     state.quantity = select.value;
-    drawFigure(drawn.get("layer-matrix"));
+    update("layer-matrix");
   });
   return element("div", { className: "controls" }, element("div", {},
     element("label", { htmlFor: "quantity", textContent: "Quantity" }), select));
@@ -175,8 +204,9 @@ function chooseStep(step) {
   state.step = step;
   state.follow = nearest(steps, step) === steps.length - 1;
   moveSlider();
-  Plotly.relayout(drawn.get("heatmap").div, { shapes: [stepLine(chosenDensity())] });
-  drawFigure(drawn.get("spectrum"));
+  const heatmap = entries.get("heatmap");
+  if (isDrawn(heatmap)) Plotly.relayout(heatmap.div, { shapes: [stepLine(chosenDensity())] });
+  update("spectrum");
 }
 
 function moveSlider() {
@@ -197,9 +227,8 @@ const PRINT_WIDTH = 640;
 function printing(now) {
   if (ink.printing === now) return;
   ink.printing = now;
-  waiting = [];
-  drawn.forEach(drawFigure);
-  if (!now) drawn.forEach(({ div }) => Plotly.relayout(div, { width: null, autosize: true }));
+  entries.forEach(drawFigure);
+  if (!now) entries.forEach(({ div }) => Plotly.relayout(div, { width: null, autosize: true }));
 }
 
 window.addEventListener("beforeprint", () => printing(true));

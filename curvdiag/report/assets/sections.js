@@ -2,27 +2,27 @@
 // Which sections the page has: those for which the run holds data.
 
 const ANISOTROPY = {
-  top_ratio: ["λ₁ / λ₅", "rises with anisotropy from 1"],
-  condition_number: ["λmax / λmin", "rises from 1"],
-  bulk_ratio: ["λmax over the edge of the bulk", "rises from 1"],
-  stable_rank: ["‖H‖²F / ‖H‖²", "falls with anisotropy to 1"],
-  participation_ratio: ["(tr H)² / tr H²", "falls with anisotropy"],
-  intrinsic_dimension: ["tr |H| / λmax", "falls with anisotropy to 1"],
-  effective_rank: ["exp of the entropy of |λ| / Σ|λ|", "falls with anisotropy to 1"],
-  negative_mass: ["share of Σ|λ| in negative eigenvalues", "rises from 0"],
+  top_ratio: ["Top ratio", "λ₁ / λ₅. Rises with anisotropy from 1."],
+  condition_number: ["Condition number", "λmax / λmin. Rises with anisotropy from 1."],
+  bulk_ratio: ["Bulk ratio", "λmax over the edge of the bulk. Rises with anisotropy from 1."],
+  stable_rank: ["Stable rank", "tr H² / ‖H‖². Falls with anisotropy to 1."],
+  participation_ratio: ["Participation ratio", "(tr H)² / tr H². Falls with anisotropy."],
+  intrinsic_dimension: ["Intrinsic dimension", "tr |H| / λmax. Falls with anisotropy to 1."],
+  effective_rank: ["Effective rank", "Exponential of the entropy of |λ| / Σ|λ|. Falls with anisotropy to 1."],
+  negative_mass: ["Negative mass", "Share of Σ|λ| in negative eigenvalues. 0 where H is positive semi-definite."],
 };
 
 const NOISE = {
-  scale: "B_simple = tr C / |g|², in samples: batches much smaller than this are mostly noise",
-  scale_curvature: "B_noise = tr(HC) / (gᵀHg), in samples",
-  trace: "tr C of the population, of single samples",
-  trace_hc: "tr(HC)",
-  gradient_square: "|g|² of the population, without bias",
-  gradient_curvature: "gᵀHg of the population, without bias",
-  gradient_square_probe: "|g|² of the probe set",
-  gradient_curvature_probe: "gᵀHg of the probe set",
-  cwgd: "curvature-weighted gradient diversity, 2 tr((|H| + δ)⁻¹ C)",
-  cwgd_diagonal: "curvature-weighted gradient diversity, diagonal form: 2 Σ C_kk / |H_kk|",
+  scale: ["Noise scale", "tr C / |g|², in samples: batches much smaller than this are mostly noise."],
+  scale_curvature: ["Noise scale with curvature", "tr(HC) / (gᵀHg), in samples."],
+  trace: ["tr C", "Variance of the gradient of a single sample, over the population."],
+  trace_hc: ["tr(HC)", "Of the probe set."],
+  gradient_square: ["|g|²", "Of the population, without bias; may be negative."],
+  gradient_curvature: ["gᵀHg", "Of the population, without bias; may be negative."],
+  gradient_square_probe: ["|g|² of the probe set", "With the noise of its mean gradient."],
+  gradient_curvature_probe: ["gᵀHg of the probe set", "With the noise of its mean gradient."],
+  cwgd: ["CWGD", "Curvature-weighted gradient diversity, 2 tr((|H| + δ)⁻¹ C)."],
+  cwgd_diagonal: ["CWGD, diagonal form", "Curvature-weighted gradient diversity, 2 Σ C_kk / |H_kk|."],
 };
 
 const RULES = {
@@ -35,8 +35,8 @@ const RULES = {
   noise_curvature: "NoiseCurvatureLR: lr = scale · |g|² / (gᵀHg + tr(HC) / B), the best step on the measured " +
     "quadratic with its noise.",
   cwgd_cosine: "CWGDCosineLR: the cosine's rate divided by 1 + α · CWGD / (its first value).",
-  sharpness_capped: "SharpnessCappedLR: another schedule's rate, but at most cap = fraction · limit / λmax, below the " +
-    "edge of stability.",
+  sharpness_capped: "SharpnessCappedLR: another schedule's rate, but at most cap = fraction · limit / λmax, below " +
+    "the edge of stability.",
 };
 
 /** The sections for this run, each {id, title, note, figures, pairs, parts}. */
@@ -46,19 +46,20 @@ function sectionsOf(run) {
   const one = (id, name, title, caption = "", more = {}) => has(name)
     ? lineFigure({ id, title, caption, yTitle: title, lines: () => [asLine(get(name), name)], ...more }) : null;
   const used = new Set(["train/loss", "curv/hessian/lambda_max", "curv/hessian/lambda_max_residual",
-    "curv/hessian/trace", "curv/overhead", "curv/preconditioned/lambda_max", "curv/preconditioned/lambda_max_residual"]);
+    "curv/hessian/trace", "curv/overhead", "curv/preconditioned/lambda_max",
+    "curv/preconditioned/lambda_max_residual"]);
   const rest = (prefix, words, pick = () => true) => namesUnder(run, prefix).filter(pick).map((name) => {
     used.add(name);
     const key = name.slice(prefix.length);
-    const [caption, way] = [].concat(words[key] || "");
-    return one(`n-${name}`, name, key.replace(/_/g, " "), [caption, way].filter(Boolean).join("; "));
-  });
+    const [title, caption] = own(words, key) || [capital(key.replace(/_/g, " ")), ""];
+    return one(`n-${name}`, name, title, caption);
+  }).sort((a, b) => rank(words, prefix, a) - rank(words, prefix, b));
   const made = [
     section("spectrum-section", "Spectrum over time", SPECTRUM_NOTE,
       run.densities.length ? [heatmapFigure, spectrumFigure] : [], { slider: true }),
     section("edge", "Largest eigenvalue and the edge of stability", EDGE_NOTE, edgeFigures(has),
       { link: "Edge of stability" }),
-    section("trace", "Trace", "", [one("trace-line", "curv/hessian/trace", "tr H", "With its 95 % interval."),
+    section("trace", "Trace and norm", "", [one("trace-line", "curv/hessian/trace", "tr H", TRACE),
       ...rest("curv/hessian/", HESSIAN, (name) => !used.has(name))], { pairs: true }),
     section("anisotropy", "Anisotropy", "How unequal the eigenvalues are, by several measures.",
       rest("curv/anisotropy/", ANISOTROPY), { pairs: true }),
@@ -68,9 +69,9 @@ function sectionsOf(run) {
     section("settings", "Learning rate, momentum and p", "", SETTINGS.map(([key, title]) =>
       groupFigure(run, used, `train/${key}/`, key, title)), { pairs: true }),
     ...scheduleSections(run, used),
-    section("loss", "Training loss", "", [one("loss-line", "train/loss", "loss")]),
-    section("cost", "Cost of measuring", "", [...rest("curv/cost/", COST), one("overhead", "curv/overhead", "overhead",
-      COST.overhead)], { pairs: true }),
+    section("loss", "Training loss", "", [one("loss-line", "train/loss", "Loss")]),
+    section("cost", "Cost of measuring", "", [...rest("curv/cost/", COST), one("overhead", "curv/overhead",
+      ...COST.overhead)], { pairs: true }),
   ];
   namesUnder(run, "curv/layer/").forEach((name) => used.add(name));
   const others = run.scalars.map((scalar) => scalar.name).filter((name) => !used.has(name));
@@ -89,36 +90,34 @@ const NOISE_NOTE = "C is the covariance of the gradients of single samples. Wher
   "was too small to tell.";
 const EDGE_NOTE = "On a quadratic, gradient descent is stable where λmax < 2 / lr, with heavy-ball momentum β where " +
   "λmax < 2 (1 + β) / lr; many networks train close to that edge. For optimizers that divide their steps by D " +
-  "(Adam, LPSGD) the eigenvalue is that of D^(−1/2) H D^(−1/2).";
-const ALIGN_NOTE = "Is the gradient noise shaped like the curvature? γ is the exponent in C ~ H^γ: 1 where the noise is " +
-  "proportional to the curvature. Baselines have random eigenvectors and the same spectra.";
+  "(Adam, LPSGD) the eigenvalue is that of D^(−½) H D^(−½). β is the momentum.";
+const ALIGN_NOTE = "Is the gradient noise shaped like the curvature? γ is the exponent in C ~ H^γ: 1 where the noise " +
+  "is proportional to the curvature. Baselines have random eigenvectors and the same spectra.";
+const TRACE = "Sum of the eigenvalues, with its 95 % interval.";
 const HESSIAN = {
-  lambda_min: "Smallest Ritz value of the density's probes.", frobenius_norm: "With its 95 % interval.",
+  frobenius_norm: ["Frobenius norm", "(tr H²)^½, with its 95 % interval."],
+  lambda_min: ["λmin", "Smallest Ritz value of the density's probes."],
 };
-const COST = { seconds: "of one measurement", gradients: "one measurement in gradients of the objective",
-  matvecs: "products with H and C in one measurement", overhead: "share of the run's time spent measuring so far" };
+const COST = {
+  seconds: ["Seconds", "Time of one measurement."],
+  gradients: ["Gradients", "Time of one measurement, in gradients of the objective."],
+  matvecs: ["Products", "With H and C, in one measurement."],
+  overhead: ["Overhead", "Share of the run's time spent measuring so far."],
+};
+
+function capital(text) {
+  return text.charAt(0).toUpperCase() + text.slice(1);
+}
+
+/** Figures in the order of their words; those without any last. */
+function rank(words, prefix, figure) {
+  const at = Object.keys(words).indexOf(figure.id.slice(`n-${prefix}`.length));
+  return at < 0 ? Infinity : at;
+}
 
 function section(id, title, note, figures, more = {}) {
   const shown = figures.filter(Boolean);
   return shown.length || (more.parts && more.parts.length) ? { id, title, note, figures: shown, ...more } : null;
-}
-
-function edgeFigures(has) {
-  const figure = (id, title, key, limits) => lineFigure({
-    id, title, yTitle: "eigenvalue", capped: true, lines: () => edgeLines(state.run, key, limits),
-    table: () => edgeTable(title, key, limits),
-  });
-  const [plainKey, scaledKey] = ["curv/hessian/lambda_max", "curv/preconditioned/lambda_max"];
-  return [
-    has(plainKey) ? figure("lambda-max", "Of the Hessian", plainKey, plainLimits) : null,
-    has(scaledKey) ? figure("preconditioned", "Of the preconditioned Hessian", scaledKey, preconditionedLimits) : null,
-  ];
-}
-
-function edgeTable(title, key, limits) {
-  const lines = edgeLines(state.run, key, limits);
-  const residual = series(state.run, `${key}_residual`);
-  return linesTable(title, residual ? [lines[0], asLine(residual, "residual"), ...lines.slice(1)] : lines);
 }
 
 /** gamma by itself with a line at 1; what has a baseline together with it; the rest one by one. */
@@ -132,7 +131,7 @@ function alignFigures(run, used) {
     const baseline = names.includes(`${name}_baseline`) ? `${name}_baseline` : null;
     const gamma = key.split("/").includes("gamma");
     figures.push(lineFigure({
-      id: `n-${name}`, title: gamma ? key.replace("gamma", "γ, exponent of C ~ H^γ") : key.replace(/_/g, " "),
+      id: `n-${name}`, title: gamma ? key.replace("gamma", "γ, exponent of C ~ H^γ") : capital(key.replace(/_/g, " ")),
       yTitle: gamma ? "γ" : key, level: gamma ? 1 : undefined,
       caption: gamma ? "The dotted line is 1: noise proportional to the curvature." : "",
       lines: () => [asLine(get(name), key), ...(baseline ? [asLine(get(baseline), "baseline")] : [])],
@@ -148,10 +147,18 @@ function scheduleSections(run, used) {
     const prefix = `schedule/${schedule}/`;
     const keys = [...new Set(names.filter((name) => name.startsWith(prefix)).map((name) => name.split("/")[2]))];
     keys.sort((a, b) => isChosen(a) - isChosen(b) || byNumber(a, b));
-    const figures = keys.map((key) => groupFigure(run, used, `${prefix}${key}`, key,
-      `${isChosen(key) ? "Chose" : "Saw"}: ${key.replace(/_/g, " ")}`, () => scheduleTable(schedule)));
-    return section(`schedule-${schedule}`, `Schedule: ${schedule.replace(/_/g, " ")}`, RULES[schedule] || "", figures,
-      { pairs: true });
+    const words = (key) => (key === "lambda_max" ? "λmax" : key.replace(/_/g, " "));
+    const titled = (key) => `${isChosen(key) ? "Chose" : "Saw"}: ${words(key)}`;
+    const figures = keys.map((key) => groupFigure(run, used, `${prefix}${key}`, key, titled(key),
+      () => scheduleTable(schedule)));
+    const rule = own(RULES, schedule) || "";
+    const [owner] = rule.split(":");
+    const held = run.events.filter(([, kind, message]) => kind === "schedule" && message.startsWith(`${owner}: `));
+    const rows = held.reverse().map(([step, , message]) => [step, message.slice(owner.length + 2)]);
+    const parts = owner && rows.length ? [{ caption: "When it held what it had, and why; the latest first",
+      head: ["step", "why"], rows }] : [];
+    return section(`schedule-${schedule}`, `Schedule: ${schedule.replace(/_/g, " ")}`, rule, figures,
+      { pairs: true, parts });
   });
 }
 
@@ -182,5 +189,5 @@ function scheduleTable(schedule) {
     return asLine(one, `${isChosen(key.split("/")[0]) ? "chose" : "saw"} ${key}`);
   });
   lines.sort((a, b) => b.label.startsWith("saw") - a.label.startsWith("saw") || byNumber(a.label, b.label));
-  return linesTable(`${schedule.replace(/_/g, " ")}: what it saw and chose. ${RULES[schedule] || ""}`, lines);
+  return linesTable(`${schedule.replace(/_/g, " ")}: what it saw and chose. ${own(RULES, schedule) || ""}`, lines);
 }

@@ -8,8 +8,7 @@ function chosenDensity() {
 }
 
 function densityName(one) {
-  const words = one.operator.replace(/[_-]/g, " ");
-  const name = words.charAt(0).toUpperCase() + words.slice(1);
+  const name = capital(one.operator.replace(/[_-]/g, " "));
   return one.block ? `${name} of ${one.block}` : name;
 }
 
@@ -52,6 +51,7 @@ const heatmapFigure = {
     return `Density of the eigenvalues of the ${lower(densityName(density))}, ${density.unit}; eigenvalues on a ` +
       `${density.scale} axis. Colours begin at a twentieth of the height of one single eigenvalue.${thinned}`;
   },
+  height: () => (narrow() ? 340 : 440),
   draw() {
     const density = chosenDensity();
     const steps = numbers(density, "steps");
@@ -72,7 +72,7 @@ const heatmapFigure = {
       hovertemplate: "step %{x}<br>eigenvalue %{customdata}<br>density %{text}<extra></extra>", colorbar: bar,
     }];
     const layout = {
-      height: narrow() ? 340 : 440, shapes: [stepLine(density)], xaxis: { ...stepAxis(steps), showgrid: false },
+      shapes: [stepLine(density)], xaxis: { ...stepAxis(steps), showgrid: false, zeroline: false },
       yaxis: { title: { text: "eigenvalue" }, showgrid: false, ...eigenvalueAxis(density) },
       uirevision: densityName(density),
     };
@@ -119,6 +119,7 @@ const spectrumFigure = {
   get caption() {
     return `Density of the eigenvalues, ${chosenDensity().unit}, on a logarithmic scale that is one for all steps.`;
   },
+  height: () => (narrow() ? 280 : 340),
   draw() {
     const density = chosenDensity();
     const index = chosenTime(density);
@@ -138,7 +139,7 @@ const spectrumFigure = {
     ];
     const decades = (density.top - density.floor) / Math.LN10;
     const layout = {
-      height: narrow() ? 280 : 340, hovermode: "x",
+      hovermode: "x",
       xaxis: { title: { text: "eigenvalue" }, ...eigenvalueAxis(density) },
       yaxis: { title: { text: "density" }, type: "log", exponentformat: "power", dtick: Math.ceil(decades / 6),
         range: [density.floor / Math.LN10, density.top / Math.LN10 + 0.04 * decades] },

@@ -60,12 +60,11 @@ function factsOf(run) {
     ["begun", moment(run.created)], ["measurements", short(run.measurements)],
     ["last step", run.last_step === null ? "–" : short(run.last_step)],
   ];
-  const lr = namesUnder(run, "train/lr/")[0];
   const numbersShown = [
     ["loss", last("train/loss")], ["λmax", last("curv/hessian/lambda_max")], ["tr H", last("curv/hessian/trace")],
-    ["lr · λmax", lr ? last(lr) * last("curv/hessian/lambda_max") : NaN], ["noise scale", last("noise/scale")],
-    ["γ", last("align/gamma")],
+    ["noise scale", last("noise/scale")], ["γ", last("align/gamma")],
   ];
   const finiteOnes = numbersShown.filter((one) => Number.isFinite(one[1]));
-  return [...facts, ...finiteOnes.map(([name, value]) => [name, short(value)])];
+  const edge = edgeFact(run);
+  return [...facts, ...finiteOnes.map(([name, value]) => [name, short(value)]), ...(edge ? [edge] : [])];
 }

@@ -7,6 +7,11 @@ const ink = { printing: false };
 const darkQuery = window.matchMedia("(prefers-color-scheme: dark)");
 const touch = window.matchMedia("(pointer: coarse)");
 
+/** An entry of a table by a name from the run, which may be that of something that all objects have. */
+function own(table, name) {
+  return Object.hasOwn(table, name) ? table[name] : undefined;
+}
+
 function isDark() {
   return darkQuery.matches && !ink.printing;
 }
@@ -80,14 +85,17 @@ function short(value, digits = 4) {
   return text.replace("-", "−").replace("e+", "e");
 }
 
-/** ``[1, 10, 100]`` with their labels, for a logarithmic colour bar from ``low`` to ``high`` (decimal logarithms). */
+/** Powers of ten with their labels, for a logarithmic colour bar from ``low`` to ``high`` (decimal logarithms); over
+ * less than three decades 2 and 5 times these as well. */
 function powerTicks(low, high) {
   const every = Math.max(1, Math.ceil((high - low) / 6));
   const powers = [];
   for (let k = Math.ceil(low); k <= Math.floor(high); k += every) powers.push(k);
-  if (powers.length > 1) return { tickvals: powers, ticktext: powers.map((k) => `10<sup>${k}</sup>`) };
-  const places = Array.from({ length: 4 }, (_, i) => low + ((high - low) * i) / 3);
-  return { tickvals: places, ticktext: places.map((at) => short(10 ** at, 2)) };
+  if (high - low >= 3) return { tickvals: powers, ticktext: powers.map((k) => `10<sup>${k}</sup>`) };
+  const values = [];
+  for (let k = Math.floor(low); k <= Math.floor(high); k += 1) values.push(...[1, 2, 5].map((one) => one * 10 ** k));
+  const inside = values.filter((value) => Math.log10(value) >= low && Math.log10(value) <= high);
+  return { tickvals: inside.map(Math.log10), ticktext: inside.map((value) => short(value, 1)) };
 }
 
 function narrow() {
@@ -103,7 +111,7 @@ function baseLayout(extra) {
   };
   const { xaxis = {}, yaxis = {}, ...rest } = extra;
   return {
-    paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", height: 320,
+    paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
     font: { family: getComputedStyle(document.body).fontFamily, size: narrow() ? 11 : 13, color: text },
     margin: { l: 50, r: 15, t: 15, b: 40, pad: 0 },
     hovermode: "closest", uirevision: "kept", dragmode: touch.matches ? false : "zoom",
