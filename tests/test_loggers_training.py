@@ -58,6 +58,7 @@ def test_a_run_with_every_logger_ends_with_the_same_bits(tmp_path, monkeypatch):
         MLflowLogger(tracking_uri=mlflow_uri()),
         vandal,
     ]
+    others = plt.get_fignums()  # of other tests
     figure = plt.figure()
     settings = dict(matplotlib.rcParams)
 
@@ -69,7 +70,7 @@ def test_a_run_with_every_logger_ends_with_the_same_bits(tmp_path, monkeypatch):
     assert differing(reference("sgd", "plain"), run.trace()) == []
     assert len(watching.history) == EPOCHS * 5 // 2
     assert [event for event in RunStore(tmp_path / "run.db").events() if event.kind == "error"] == []
-    assert plt.get_fignums() == [figure.number]
+    assert plt.get_fignums() == [*others, figure.number]
     assert plt.gcf() is figure
     assert dict(matplotlib.rcParams) == settings
     plt.close(figure)
