@@ -201,3 +201,15 @@ def test_a_result_becomes_json_and_bad_input_is_named():
         spectral_density(torch.eye(4), steps=0)
     with pytest.raises(ArgumentError, match="width"):
         density.density([0.0], width=0.0)
+
+
+def test_a_density_prints_as_a_few_lines_and_not_as_arrays():
+    matrix = torch.diag(torch.cat([torch.tensor([30.0]), torch.linspace(-1, 1, 199)]))
+    shown = str(spectral_density(matrix, steps=20, probes=3, deflate=1))
+    assert "density of 200 eigenvalues in [" in shown
+    assert ", 30], 1 deflated" in shown
+    assert "3 probes of 20 steps" in shown
+    assert len(shown.splitlines()) == 4
+    assert "1 probe of 20 steps" in (alone := str(spectral_density(matrix, steps=20, probes=1)))
+    assert "(1 sample, of unknown error)" in alone
+    assert "nan" not in alone
