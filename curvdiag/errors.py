@@ -62,5 +62,13 @@ class MissingExtraError(CurvdiagError, ImportError):
     """A package of an optional part of curvdiag is not installed; the message gives the pip command."""
 
 
+class DistributedError(CurvdiagError):
+    """Another rank failed, or the ranks do not do the same; every one of them raises it."""
+
+
+class RankLostError(DistributedError):
+    """A rank is gone, or has not answered within the timeout of the process group."""
+
+
 class CurvdiagWarning(UserWarning):
     """Root of all warnings given by curvdiag."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import zlib
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +14,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from curvdiag.criterion import CriterionLoss, FunctionLoss, Loss
 from curvdiag.data import Batch, can_cut, place, read_batches, sample_count, take, tensors_of
+from curvdiag.distributed import Group, ranks_of
 from curvdiag.errors import ArgumentError, DataError, LossError, NonFiniteError
 from curvdiag.inspection import inspect_loss
 from curvdiag.parameters import Parameters, Selection
 from curvdiag.sandbox import Mode, sandbox, unwrap, with_tensors
-from curvdiag.weights import Weights
+from curvdiag.weights import Weights, same_on_all
 
 if TYPE_CHECKING:
     from curvdiag.spectrum.forecast import MeasurementPlan
@@ -42,14 +44,21 @@ class Objective:
         mode: ``"eval"``, or ``"train"`` for curvature with BatchNorm's batch statistics.
         batch, batches: Say outright which of the two ``data`` is.
         keep_bytes: Most bytes of batches to keep; a quarter of the free memory by default.
+        group: The processes that measure together, each with the same model and with ``data`` of its own: a process
+            group, or ``"world"`` for all. All make the same calls, and get the same numbers: those of the data of all
+            ranks, one rank's after the other's. By default this process measures alone.
 
     Attributes:
-        size: ``N``, the number of samples.
+        size: ``N``, the number of samples, those of all ranks.
         total_weight: Sum of the samples' counts (tokens, class weights), ``N`` for a plain mean.
+        ranks: The processes that measure together.
+        local_size: Samples held by this process; ``size`` where it is alone.
+        first_sample: Place of the first of them among all.
         notes: What was noticed about the data and the loss.
 
     Raises:
         DataError, LossError, ParameterError, NonFiniteError, NotDeterministicError, TooLargeError
+        DistributedError: Another rank failed, or has another model.
     """
 
     def __init__(
@@ -63,9 +72,12 @@ class Objective:
         batch: Any = None,
         batches: Any = None,
         keep_bytes: int | None = None,
+        group: Group = None,
     ) -> None:
-        kept, notes = read_batches(data, batch=batch, batches=batches, pairs=True, keep_bytes=keep_bytes)
-        self._set_up(model, CriterionLoss(criterion), kept, notes, params, mode)
+        self.ranks = ranks_of(group)
+        with self.ranks.together("making of an objective"):
+            kept, notes = read_batches(data, batch=batch, batches=batches, pairs=True, keep_bytes=keep_bytes)
+            self._set_up(model, CriterionLoss(criterion), kept, notes, params, mode)
 
     @classmethod
     def from_loss(
@@ -80,6 +92,7 @@ class Objective:
         batch: Any = None,
         batches: Any = None,
         keep_bytes: int | None = None,
+        group: Group = None,
     ) -> Objective:
         """An objective from ``loss(model, batch)``, for everything that is not a criterion of outputs and targets.
 
@@ -89,16 +102,18 @@ class Objective:
             weight: ``weight(batch)`` gives each sample's count ``[B]`` (its tokens), or for a mean the count of
                 the whole batch. By default every sample counts 1.
         """
-        kept, notes = read_batches(data, batch=batch, batches=batches, pairs=False, keep_bytes=keep_bytes)
         objective = cls.__new__(cls)
-        objective._set_up(model, FunctionLoss(loss, weight), kept, notes, params, mode)
+        objective.ranks = ranks_of(group)
+        with objective.ranks.together("making of an objective"):
+            kept, notes = read_batches(data, batch=batch, batches=batches, pairs=False, keep_bytes=keep_bytes)
+            objective._set_up(model, FunctionLoss(loss, weight), kept, notes, params, mode)
         return objective
 
     @classmethod
     def from_huggingface(cls, model: nn.Module, batches: Any, **options: Any) -> Objective:
         """A Transformers model's own loss on collated batches (dicts with labels), a weight for each sequence.
 
-        Options: ``label_smoothing``, ``params``, ``mode``, ``keep_bytes``; see
+        Options: ``label_smoothing``, ``params``, ``mode``, ``keep_bytes``, ``group``; see
         :func:`curvdiag.language_models.huggingface_objective`, which this is.
         """
         from curvdiag.language_models import huggingface_objective  # which builds on this class
@@ -122,13 +137,28 @@ class Objective:
         self.batches = batches
         self._loss = loss
         self._moved_losses: dict[torch.dtype | None, Loss] = {}
+        if not self.ranks.alone:
+            self.ranks.agree("chosen parameters", _in_short(self.parameters))
+            self.ranks.agree("modes", mode)
         self._inspect()
+        self._share_what_is_known(loss)
         self.notes = tuple(notes + ([loss.note] if loss.note else []))
         self._count()
 
+    def _share_what_is_known(self, loss: Loss) -> None:
+        """Where one rank cannot tell its samples apart, none does."""
+        for note in self.ranks.gather("" if loss.per_sample else loss.note or self.why(), "comparison of losses"):
+            if note and loss.per_sample:
+                loss.per_sample, loss.note = False, note
+
     def _count(self) -> None:
-        self.size = sum(sample_count(batch) for batch in self.batches)
-        self.total_weight = float(sum(self._loss.counts(batch).sum() for batch in self.batches))
+        counts = [sum(sample_count(batch) for batch in self.batches)]
+        weight = float(sum(self._loss.counts(batch).sum() for batch in self.batches))
+        if not self.ranks.alone:
+            told = self.ranks.gather((counts[0], weight), "counting of samples")
+            counts, weight = [one for one, _ in told], sum(one for _, one in told)
+        self.size, self.total_weight = sum(counts), weight
+        self.local_size, self.first_sample = counts[self.ranks.rank], sum(counts[: self.ranks.rank])
         if not self.total_weight > 0:
             raise DataError("the weights of all samples add up to zero: every target is ignored or has class weight 0")
 
@@ -176,8 +206,15 @@ class Objective:
         return self.per_sample and all(can_cut(batch) for batch in self.batches)
 
     def weights(self, *, dtype: torch.dtype | None = None, share: bool = False) -> Weights:
-        """A picture of the live model; with ``share`` its own memory, else copies (in ``dtype``)."""
-        return Weights.of(self.model, self.parameters.names, dtype=dtype, share=share)
+        """A picture of the live model; with ``share`` its own memory, else copies (in ``dtype``).
+
+        On several ranks it is the same on all: buffers, which training leaves different, are those of the first.
+
+        Raises:
+            DistributedError: The ranks have different weights.
+        """
+        picture = Weights.of(self.model, self.parameters.names, dtype=dtype, share=share)
+        return picture if self.ranks.alone else same_on_all(picture, self.ranks)
 
     def inside(self, weights: Weights, function: Callable[[], Any], *, twice: bool) -> Any:
         """``function()`` in the sandbox, while the model holds ``weights``."""
@@ -213,11 +250,15 @@ class Objective:
             with torch.no_grad():
                 return float(sum(self.totals(batch).double().sum() for batch in self.batches))
 
-        return self.inside(self.weights(), add_up, twice=False) / self.total_weight
+        weights = self.weights()
+        with self.ranks.together("loss"):
+            own: float = self.inside(weights, add_up, twice=False)
+        return self.ranks.total(own) / self.total_weight
 
     def gradient(self) -> Tensor:
         """The gradient ``[P]`` at the model's present weights."""
-        return gradient(self, self.weights(), self.batches)
+        weights = self.weights()
+        return self.ranks.sum("gradient", lambda: gradient(self, weights, self.batches))
 
     def split(self, seed: int = 0) -> tuple[Objective, Objective]:
         """Two objectives over disjoint random halves of the samples; the first takes the odd one.
@@ -232,7 +273,11 @@ class Objective:
         order = torch.randperm(self.size, generator=torch.Generator().manual_seed(seed))
         first = torch.zeros(self.size, dtype=torch.bool)
         first[order[: (self.size + 1) // 2]] = True
-        return self._restricted(first), self._restricted(~first)
+        own = first[self.first_sample :][: self.local_size]
+        with self.ranks.together("splitting"):
+            if not self.ranks.alone and (bool(own.all()) or not bool(own.any())):
+                raise DataError(f"rank {self.ranks.rank} would have no sample in one half: give each rank more of them")
+        return self._restricted(own), self._restricted(~own)
 
     def restricted_to(self, selection: Selection) -> Objective:
         """The same risk as a function of fewer parameters; the others stay as they are.
@@ -309,10 +354,18 @@ class Objective:
         return "its tensors do not all have the samples as first dimension"
 
     def __repr__(self) -> str:
-        return (
-            f"Objective({type(self.model).__name__}, {self.size:,} samples in {len(self.batches)} "
-            f"batch{'es' * (len(self.batches) > 1)}, {self.parameters.size:,} parameters, mode={self.mode!r})"
-        )
+        batches = f"{len(self.batches)} batch{'es' * (len(self.batches) > 1)}"
+        samples = f"{self.size:,} samples in {batches}"
+        if not self.ranks.alone:
+            samples = f"{self.size:,} samples on {self.ranks.count} ranks, {self.local_size:,} in {batches} here"
+        about = f"{samples}, {self.parameters.size:,} parameters, mode={self.mode!r}"
+        return f"Objective({type(self.model).__name__}, {about})"
+
+
+def _in_short(parameters: Parameters) -> str:
+    """What parameters there are, in a few words that differ where they do."""
+    told = zlib.crc32(repr((parameters.names, parameters.shapes)).encode())
+    return f"{len(parameters)} tensors of {parameters.size:,} numbers ({told:08x})"
 
 
 def gradient(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from curvdiag.distributed import Ranks
 
 
 @dataclass(frozen=True)
@@ -61,3 +64,32 @@ class Weights:
     def replaced(self, chosen: Sequence[Tensor]) -> Weights:
         """The same picture with other values of the chosen parameters, as new leaves."""
         return Weights(tuple(t.detach().requires_grad_() for t in chosen), self.fixed, self.buffers, self.names)
+
+
+SEEN = 1024
+"""Entries of each tensor, evenly spread, by which weights of different ranks are told apart."""
+
+
+def same_on_all(weights: Weights, ranks: Ranks) -> Weights:
+    """The picture with the first rank's buffers; training leaves running statistics different on different ranks.
+
+    Raises:
+        DistributedError: The parameters differ.
+    """
+    remedy = "each rank needs the same weights: those of the first, as DistributedDataParallel gives them"
+    ranks.agree("weights", _checksum([*weights.chosen, *weights.fixed.values()]), remedy)
+    buffers = list(weights.buffers.items())
+    if len(set(ranks.gather(_checksum([buffer for _, buffer in buffers]), "comparison of buffers"))) == 1:
+        return weights
+    shared = {name: ranks.first_(buffer.detach().clone(), "buffers of the first rank") for name, buffer in buffers}
+    return Weights(weights.chosen, weights.fixed, shared, weights.names)
+
+
+def _checksum(tensors: Sequence[Tensor]) -> str:
+    """A word that differs where some of the entries looked at do."""
+    word = 0
+    for tensor in tensors:
+        flat = tensor.detach().reshape(-1)
+        some = flat[:: max(1, -(-len(flat) // SEEN))].contiguous().cpu()
+        word = zlib.crc32(some.view(torch.uint8).numpy().tobytes() if len(some) else b"", word)
+    return f"{word:08x}"

@@ -56,7 +56,7 @@ class Blocks:
         before = engine.graphs_built
         with torch.inference_mode(False):
             positions = [self.operators[name]._positions for name in rows]
-            products = self._whole._multiply_blocks(list(rows.values()), positions)
+            products = self._whole._whole_blocks(list(rows.values()), positions)
         for name, part in rows.items():
             self.operators[name].cost.matvecs += len(part)
         self.cost.matvecs += sum(map(len, rows.values()))

@@ -75,7 +75,8 @@ class Fisher(ObjectiveOperator):
         exact = method == "exact"
         source = objective if exact else _with_draws(objective, draws, resolve_seed(seed))
         build = functools.partial(OutputGraph, rule=_expected if exact else _sampled)
-        self._engine = GraphEngine(source, self._weights, dtype, memory, micro_batch, build)
+        with objective.ranks.together("making of graphs"):
+            self._engine = GraphEngine(source, self._weights, dtype, memory, micro_batch, build)
         self.method, self.draws = method, draws
         self.cost = Cost(0, self._engine.graphs_built, time.perf_counter() - started)
 
@@ -196,7 +197,7 @@ def _with_draws(objective: Objective, draws: int, seed: int) -> Objective:
     known = recognised(loss)
     assert isinstance(loss, CriterionLoss)
     assert known is not None
-    batches, sample = [], 0
+    batches, sample = [], objective.first_sample
     for inputs, targets in objective.batches:
         by_class = known.family == "categorical" and targets.dtype.is_floating_point
         shape = (draws, *targets.shape[2 if by_class else 1 :])

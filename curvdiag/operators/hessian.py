@@ -89,11 +89,12 @@ class Hessian(ObjectiveOperator):
                 raise ArgumentError("finite differences lose what precision= rounds off: leave it out")
             if compile:
                 raise ArgumentError("compile=True compiles the exact product: leave out method='finite-difference'")
-            pieces = list(objective.micro_batches(micro_batch))
-            self._engine = FiniteDifferenceEngine(objective, self._weights, dtype, pieces, rtol)
-            if not objective.__dict__.get("_symmetric"):
-                seen = check_symmetry(objective, dtype, self._engine.product, max(rtol, 0.05))
-                objective.__dict__["_symmetric"] = seen
+            with objective.ranks.together("making of finite differences"):
+                pieces = list(objective.micro_batches(micro_batch))
+                self._engine = FiniteDifferenceEngine(objective, self._weights, dtype, pieces, rtol)
+                if not objective.__dict__.get("_symmetric"):
+                    seen = check_symmetry(objective, dtype, self._engine.product, max(rtol, 0.05))
+                    objective.__dict__["_symmetric"] = seen
         else:
             raise ArgumentError(f"method is 'exact' or 'finite-difference', not {method!r}")
         self.method = method

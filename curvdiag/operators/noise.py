@@ -133,7 +133,11 @@ class NoiseCovariance(EmpiricalFisher):
 
     def _shaped(self, dots: Tensor) -> Tensor:
         # Centred before the gradients are gathered: g (g . v) subtracted afterwards would cancel.
-        return self.scale * (dots - dots.mean(dim=1, keepdim=True))
+        ranks = self.objective.ranks
+        if ranks.alone:
+            return self.scale * (dots - dots.mean(dim=1, keepdim=True))
+        sums = ranks.sum_(dots.double().sum(dim=1, keepdim=True), "centring")
+        return self.scale * (dots - (sums / self.objective.size).to(dots.dtype))
 
     def gram(self, *, memory: int | None = None) -> Gram:
         """All nonzero eigenvalues, exactly, from the ``[N, N]`` matrix of products of per-sample gradients.

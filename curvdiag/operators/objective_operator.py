@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import copy
 import time
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
@@ -70,6 +71,7 @@ class ObjectiveOperator(SymmetricOperator):
         self.precision: Precision = precision
         self.precision_error: float | None = None
         check_precision(precision, self.device, self.dtype, share=share)
+        self._compare = not objective.ranks.alone  # the vectors of the first product of an algorithm
         if graphs is None:
             self._weights = objective.weights(dtype=dtype, share=share)
             self._fingerprint = _fingerprint(self._live()) if share else None
@@ -78,11 +80,34 @@ class ObjectiveOperator(SymmetricOperator):
 
     @abc.abstractmethod
     def _multiply(self, rows: Tensor) -> Tensor:
-        """Products of rows ``[k, P]``, not yet counted."""
+        """Products of rows ``[k, P]`` with this process's share of the matrix, not yet counted."""
 
     def _multiply_blocks(self, rows: Sequence[Tensor], positions: Sequence[Sequence[int]]) -> list[Tensor]:
-        """Products of the diagonal blocks over the parameters at ``positions``, not yet counted."""
+        """Products of its share of the diagonal blocks over the parameters at ``positions``, not yet counted."""
         return self._engine.multiply_blocks(rows, positions)
+
+    def _whole(self, rows: Tensor) -> Tensor:
+        """Products with the whole matrix: the sum of all ranks' shares."""
+        signature = (lambda: _signature(rows)) if self._compare else None
+        products = self.objective.ranks.sum(f"product of {len(rows)} vectors", lambda: self._multiply(rows), signature)
+        self._compare = False
+        return products
+
+    def _whole_blocks(self, rows: Sequence[Tensor], positions: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Products with the whole diagonal blocks, all in one reduction."""
+        ranks = self.objective.ranks
+        if ranks.alone:
+            return self._multiply_blocks(rows, positions)
+
+        def flat() -> Tensor:
+            return torch.cat([part.reshape(-1) for part in self._multiply_blocks(rows, positions)])
+
+        shapes, place = (
+            [part.shape for part in rows],
+            f"products of {sum(map(len, rows))} vectors of {len(rows)} blocks",
+        )
+        parts = ranks.sum(place, flat).split([shape.numel() for shape in shapes])
+        return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
     def _set_engine(
         self,
@@ -100,18 +125,21 @@ class ObjectiveOperator(SymmetricOperator):
             return GraphEngine(self.objective, weights, dtype, memory, micro_batch, build, batched, kind)
 
         if self.precision == "full":
-            self._engine = engine(self._weights, dtype, memory)
+            with self.objective.ranks.together("making of graphs"):
+                self._engine = engine(self._weights, dtype, memory)
             return
         # Full precision comes first, since it is what can tell a wrong derivative from rounding.
         full = copy.copy(self)
-        full._engine = engine(self._weights, dtype, 0, "ieee")
-        pairs = true_products(full._multiply, random_row(self.size, self.device, self.dtype))
-        if self.precision == "tf32":
-            self._engine = engine(self._weights, dtype, memory, "tf32")
-        else:
-            self._weights = self._weights.rounded(torch.bfloat16)
-            self._engine = engine(self._weights, torch.bfloat16, memory)
-        self.precision_error = product_error(self._multiply, pairs)
+        with self.objective.ranks.together("making of graphs"):
+            full._engine = engine(self._weights, dtype, 0, "ieee")
+        pairs = true_products(full._whole, random_row(self.size, self.device, self.dtype))
+        with self.objective.ranks.together("making of coarser graphs"):
+            if self.precision == "tf32":
+                self._engine = engine(self._weights, dtype, memory, "tf32")
+            else:
+                self._weights = self._weights.rounded(torch.bfloat16)
+                self._engine = engine(self._weights, torch.bfloat16, memory)
+        self.precision_error = product_error(self._whole, pairs)
 
     def _precision_note(self) -> str:
         error = self.precision_error
@@ -119,18 +147,22 @@ class ObjectiveOperator(SymmetricOperator):
 
     def apply(self, rows: Tensor) -> Tensor:
         started, before = time.perf_counter(), self._engine.graphs_built
-        products = self._multiply(rows)
+        products = self._whole(rows)
         self.cost.matvecs += len(rows)
         self.cost.graphs += self._engine.graphs_built - before
         self.cost.seconds += time.perf_counter() - started
         return products
 
     def refresh(self) -> None:
-        if self._fingerprint is not None and not torch.equal(self._fingerprint, _fingerprint(self._live())):
-            raise StaleWeightsError(
-                "the model's weights changed since this operator was made with share=True: make a new one, or leave "
-                "share out so that it keeps a copy"
-            )
+        self._compare = not self.objective.ranks.alone
+        if self._fingerprint is None:
+            return
+        with self.objective.ranks.together("comparison of weights"):
+            if not torch.equal(self._fingerprint, _fingerprint(self._live())):
+                raise StaleWeightsError(
+                    "the model's weights changed since this operator was made with share=True: make a new one, or "
+                    "leave share out so that it keeps a copy"
+                )
 
     def _live(self) -> list[Tensor]:
         model = self.objective.model
@@ -150,7 +182,8 @@ class ObjectiveOperator(SymmetricOperator):
         block.size = block.parameters.size
         block.cost = Cost()
         if isinstance(self._engine, FiniteDifferenceEngine):
-            self._engine.check(block._positions)
+            with self.objective.ranks.together("check of a block"):
+                self._engine.check(block._positions)
         return block
 
     def blocks(self, layers: Mapping[str, Selection] | None = None) -> Blocks:
@@ -175,15 +208,27 @@ class ObjectiveOperator(SymmetricOperator):
     @property
     def unreached(self) -> list[str]:
         """Names of parameters that the loss does not depend on; their rows are zero."""
-        self._engine.visit()
-        reached = self._engine.reached
-        return [self._weights.names[i] for i in self._positions if not reached[i]]
+        ranks = self.objective.ranks
+        with ranks.together("search for parameters without influence"):
+            self._engine.visit()
+            reached = [bool(one) for one in self._engine.reached]
+        anywhere = [any(each) for each in zip(*ranks.gather(reached), strict=True)]
+        return [self._weights.names[i] for i in self._positions if not anywhere[i]]
 
 
 def _named(names: Sequence[str]) -> Selection:
     """Exactly these parameters; as globs, names with brackets in them would match others or nothing."""
     wanted = frozenset(names)
     return lambda name, _: name in wanted
+
+
+def _signature(rows: Tensor) -> int:
+    """A number that differs where the first entries of vectors do."""
+    return zlib.crc32(rows[:, :COMPARED].contiguous().view(torch.uint8).cpu().numpy().tobytes())
+
+
+COMPARED = 4096
+"""Entries of the vectors of an algorithm's first product that ranks compare."""
 
 
 def _fingerprint(tensors: list[Tensor]) -> Tensor:

@@ -1,0 +1,107 @@
+"""The channel on which ranks tell each other how they are doing: small numbers and words, on the CPU.
+
+Before every collective there is one round of it, so that a rank which failed, or is somewhere else in the program,
+is noticed by all of them instead of leaving the others to wait.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import zlib
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from curvdiag.errors import DistributedError, RankLostError
+
+T = TypeVar("T")
+
+
+class Control:
+    """Rounds of status over a gloo group of the same processes as ``group``; made by all of them together.
+
+    Attributes:
+        lost: What was said when a rank went missing; nothing can be exchanged after that.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.rank, self.count = dist.get_rank(group), dist.get_world_size(group)
+        self.lost: str | None = None
+        self.group = group
+        if dist.get_backend(group) != "gloo":
+            members = dist.get_process_group_ranks(group)
+            make = functools.partial(dist.new_group, timeout=timeout_of(group), use_local_synchronization=True)
+            self.group = self.answered(lambda: make(members, backend="gloo"), "making of a group on the CPU")
+
+    def round(self, place: str, error: Exception | None = None, signature: int = 0) -> None:
+        """Tell the others that this rank has come to ``place``, or what went wrong on the way, and hear of them.
+
+        Args:
+            signature: What must be the same on all ranks.
+
+        Raises:
+            DistributedError: Another rank failed, is at another place, or has another signature.
+            RankLostError: A rank is gone.
+        """
+        at = zlib.crc32(place.encode())
+        # The largest of x and of -x are those of all ranks where they all have the same.
+        told = torch.tensor([error is not None, at, -at, signature, -signature], dtype=torch.int64)
+        self.answered(lambda: dist.all_reduce(told, dist.ReduceOp.MAX, group=self.group), place)
+        failed, most_at, least_at, most, least = told.tolist()
+        if failed:
+            self._explain(place, error)
+        elif most_at != -least_at:
+            raise DistributedError(
+                f"the ranks are at different places: {_listed(self.gather(place, place))}. Every rank of the group has "
+                "to make the same calls, with the same arguments, in the same order"
+            )
+        elif most != -least:
+            raise DistributedError(
+                f"the ranks disagree in the {place}: the vectors that they multiply are not the same. Give the same "
+                "seed and the same arguments on every rank; ranks on different kinds of processors may round "
+                "differently, and cannot measure together"
+            )
+
+    def _explain(self, place: str, error: Exception | None) -> None:
+        words = self.gather(None if error is None else f"{type(error).__name__}: {error}", place)
+        if error is not None:
+            return  # which its own rank raises
+        raise DistributedError(
+            "; ".join(f"rank {i} failed: {text}" for i, text in enumerate(words) if text is not None)
+        )
+
+    def gather(self, value: T, place: str) -> list[T]:
+        """The values of all ranks, in their order."""
+        found: list[Any] = [None] * self.count
+        self.answered(lambda: dist.all_gather_object(found, value, group=self.group), place)
+        return found
+
+    def answered(self, collective: Callable[[], T], place: str) -> T:
+        """What a collective returns; a rank that does not answer is an error of its own.
+
+        Raises:
+            RankLostError
+        """
+        if self.lost is not None:
+            raise RankLostError(self.lost)
+        try:
+            return collective()
+        except RuntimeError as error:  # what every backend raises, by other names
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            self.lost = (
+                f"a rank is gone, or has not answered within the timeout of the process group, in the {place} "
+                f"(seen by rank {self.rank} of {self.count}): {reason}"
+            )
+            raise RankLostError(self.lost) from error
+
+
+def timeout_of(group: dist.ProcessGroup) -> datetime.timedelta:
+    """How long a rank of the group waits for another."""
+    return group._get_backend(group._device_types[0]).options._timeout
+
+
+def _listed(places: list[str]) -> str:
+    return ", ".join(f"rank {i} in the {place}" for i, place in enumerate(places))

@@ -1,0 +1,213 @@
+"""The processes that measure one objective together, each with its share of the data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from curvdiag.distributed.control import Control
+from curvdiag.errors import ArgumentError, DistributedError
+
+T = TypeVar("T")
+
+Group: TypeAlias = "dist.ProcessGroup | Literal['world'] | None"
+"""None for this process alone, ``"world"`` for all processes of ``torch.distributed``, or a process group."""
+
+
+@dataclass
+class Traffic:
+    """What went over the data channel.
+
+    Attributes:
+        reductions: All-reduces.
+        bytes: Size of what they reduced.
+    """
+
+    reductions: int = 0
+    bytes: int = 0
+
+
+class Ranks:
+    """The ranks of a process group. Every method is a collective: all ranks call it, in the same order.
+
+    Tensors go over the group itself. Status, numbers and words go over a channel of their own on the CPU, so that
+    nothing waits for the stream of a GPU.
+
+    Attributes:
+        group: The process group; None for a process alone.
+        rank, count: Place in it, and its size.
+        traffic: What was reduced so far.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self.group = group
+        self.traffic = Traffic()
+        self._control = None if group is None else Control(group)
+        self.rank, self.count = (0, 1) if self._control is None else (self._control.rank, self._control.count)
+
+    @property
+    def alone(self) -> bool:
+        return self._control is None
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the rank that writes for all."""
+        return self.rank == 0
+
+    def sum(self, place: str, function: Callable[[], Tensor], signature: Callable[[], int] | None = None) -> Tensor:
+        """The sum over all ranks of the tensors that ``function`` gives on each: one all-reduce.
+
+        Args:
+            place: What is being done, in words for messages: "product of 3 vectors".
+            function: Where it raises on one rank, all of them raise.
+            signature: A number that must be the same on all ranks.
+
+        Raises:
+            DistributedError: Another rank failed, or does something else.
+        """
+        if self._control is None:
+            return function()
+        with self.together(place, signature):
+            own = function().contiguous()
+        self._reduce(own, place)
+        return own
+
+    def sum_(self, tensor: Tensor, place: str = "sum") -> Tensor:
+        """Replace a contiguous ``tensor`` by its sum over all ranks; returns it."""
+        if self._control is not None:
+            self._control.round(place)
+            self._reduce(tensor, place)
+        return tensor
+
+    def first_(self, tensor: Tensor, place: str = "broadcast") -> Tensor:
+        """Replace a contiguous ``tensor`` by that of the first rank; returns it."""
+        if self._control is not None:
+            self._control.round(place)
+            source = dist.get_process_group_ranks(self._group)[0]
+            self._control.answered(lambda: dist.broadcast(tensor, source, group=self.group), place)
+        return tensor
+
+    def concatenate(self, tensor: Tensor, dim: int = -1, place: str = "concatenation") -> Tensor:
+        """The tensors of all ranks one after the other along ``dim``, in which they may differ in length."""
+        if self._control is None:
+            return tensor
+        lengths = [int(n) for n in self.gather(tensor.shape[dim], place)]
+        wide = tensor.movedim(dim, 0)
+        padded = wide.new_zeros(max(lengths), *wide.shape[1:])
+        padded[: len(wide)] = wide
+        parts = [torch.empty_like(padded) for _ in lengths]
+        self._control.answered(lambda: dist.all_gather(parts, padded, group=self.group), place)
+        return torch.cat([part[:n] for part, n in zip(parts, lengths, strict=True)]).movedim(0, dim)
+
+    def gather(self, value: T, place: str = "gathering") -> list[T]:
+        """The values of all ranks, in their order: small ones, which are pickled."""
+        if self._control is None:
+            return [value]
+        self._control.round(place)
+        return self._control.gather(value, place)
+
+    def total(self, number: float, place: str = "sum of numbers") -> float:
+        """The sum over ranks of a number, the same bits on all of them."""
+        return number if self._control is None else sum(self.gather(number, place))
+
+    def least(self, number: float, place: str = "smallest number") -> float:
+        """The smallest over ranks of a number: of free memory, say."""
+        return number if self._control is None else min(self.gather(number, place))
+
+    def of_first(self, value: T, place: str = "what the first rank decides") -> T:
+        """The first rank's value, on all ranks."""
+        return value if self._control is None else self.gather(value, place)[0]
+
+    def agree(self, what: str, value: Any, remedy: str = "give the same on every rank") -> None:
+        """Refuse to go on where ``value``, which prints itself, is not the same on all ranks.
+
+        Raises:
+            DistributedError: On all of them, with who has what.
+        """
+        values = self.gather(value, f"comparison of {what}")
+        if any(other != values[0] for other in values):
+            told = ", ".join(f"{other} on rank {i}" for i, other in enumerate(values))
+            raise DistributedError(f"the ranks have different {what}: {told}; {remedy}")
+
+    @contextmanager
+    def together(self, place: str, signature: Callable[[], int] | None = None) -> Iterator[None]:
+        """Go through the body on all ranks or on none: if it raises on one, all of them raise when they meet.
+
+        They meet at the next exchange, at the latest where the body ends. What is no :class:`Exception` (an interrupt)
+        ends the process, which the others notice by themselves.
+
+        Raises:
+            DistributedError: Another rank failed, or does something else.
+        """
+        if self._control is None:
+            yield
+            return
+        try:
+            yield
+            number = 0 if signature is None else signature()
+        except Exception as error:
+            if not isinstance(error, DistributedError) and not getattr(error, "_ranks_know", False):
+                error._ranks_know = True  # type: ignore[attr-defined]
+                self._control.round(place, error)
+            raise
+        self._control.round(place, signature=number)
+
+    @property
+    def _group(self) -> dist.ProcessGroup:
+        assert self.group is not None
+        return self.group
+
+    def _reduce(self, tensor: Tensor, place: str) -> None:
+        assert self._control is not None
+        self._control.answered(lambda: dist.all_reduce(tensor, group=self.group), place)
+        self.traffic.reductions += 1
+        self.traffic.bytes += tensor.nbytes
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self._control is not None:
+            raise ArgumentError("what is measured on several ranks belongs to their processes, and cannot be pickled")
+        return ranks_of, (None,)
+
+    def __repr__(self) -> str:
+        return "alone" if self.alone else f"rank {self.rank} of {self.count}"
+
+
+ALONE = Ranks(None)
+"""A process that measures by itself."""
+
+_KNOWN: dict[dist.ProcessGroup, Ranks] = {}
+
+
+def ranks_of(group: Group) -> Ranks:
+    """The ranks of a group; the first call for a group that is not on gloo makes its channel, on all ranks together.
+
+    Raises:
+        ArgumentError: There is no such group, or this process is none of it.
+    """
+    if group is None:
+        return ALONE
+    if not dist.is_available() or not dist.is_initialized():
+        raise ArgumentError(
+            f"group={group!r} needs processes that know each other: start them with torchrun, and call "
+            "torch.distributed.init_process_group() before"
+        )
+    if isinstance(group, str):
+        if group != "world":
+            raise ArgumentError(f'group is "world", a process group or None, not {group!r}')
+        group = dist.group.WORLD
+    if not isinstance(group, dist.ProcessGroup):
+        raise ArgumentError(
+            f'group is "world", a process group or None, not {group!r}; of a device mesh give mesh.get_group(...)'
+        )
+    if group not in _KNOWN:
+        _KNOWN[group] = Ranks(group)
+    return _KNOWN[group]
