@@ -25,6 +25,9 @@ from overhead import monitor_rows
 from products import batched_rows, compiled_rows, product_rows
 from report import FAILED, Row, attempted
 from rich.console import Console
+from scale import scale_rows
+from scale_page import refresh as refresh_scale
+from scale_page import save as save_scale
 from settings import Settings, Subject
 from slq import slq_rows
 from whole_runs import whole_run_rows
@@ -49,10 +52,11 @@ ONCE: dict[str, Callable[[Settings], list[Row]]] = {
     "monitor": monitor_rows,
     "optimizers": optimizer_rows,
     "gpu": gpu_rows,
+    "scale": scale_rows,
 }
 """Parts with nets of their own."""
 PARTS = ("products", "compiled", "batched", "noise", "slq", "peers", "eigen", "deflation", "layers", "memory",
-         "growth", "gpt2", "monitor", "optimizers", "gpu")  # fmt: skip
+         "growth", "gpt2", "monitor", "optimizers", "gpu", "scale")  # fmt: skip
 """All of them, in the order of the page."""
 
 
@@ -76,6 +80,8 @@ def main() -> int:
     if options.quick or options.device == "cpu":  # the GPU part on a CPU measures nothing
         console.print("Not saved: a --quick run never is")
         return int(any(row.section == FAILED for row in rows))
+    if save_scale(rows, about):
+        refresh_scale()
     if set(options.only) != set(PARTS) or options.nets:
         whole = report.with_earlier(rows, about, HERE / "results")
         if whole is None and options.only == ["gpu"] and "gpu" in about:

@@ -25,6 +25,10 @@ SUM_REMEDY = (
 )
 
 
+Known = tuple[bool, str, bool]
+"""Whether single samples can be told apart, why not, and whether they count by their labels."""
+
+
 class CriterionLoss:
     """``criterion(model(inputs), targets)`` taken apart into samples.
 
@@ -52,6 +56,15 @@ class CriterionLoss:
         self.per_sample, self.note, self.labels = seen.per_sample, seen.note, seen.labels
         self.unreduced = self.criterion if seen.unreduced is seen.criterion else seen.unreduced and self.unreduced
 
+    def known(self) -> Known:
+        """What :meth:`inspect` has found out, for other processes."""
+        return self.per_sample, self.note, self.labels is not None
+
+    def adopt(self, known: Known) -> None:
+        """Take over what another process found out about the same criterion."""
+        self.per_sample, self.note, by_labels = known
+        self.labels = self.labels if by_labels else None
+
     def value(self, model: nn.Module, batch: Batch) -> Tensor:
         """What the criterion itself returns, as a scalar."""
         return self._mean(call_model(model, batch[0]), batch)
@@ -75,14 +88,13 @@ class CriterionLoss:
             The criterion's value there, and the totals of the samples if they can.
         """
         outputs, targets = call_model(model, batch[0]), batch[1]
-        count = sample_count(batch)
         raw = self.criterion(outputs, targets)
         if not isinstance(raw, Tensor):
             raise LossError(f"the criterion returned {type(raw).__name__}, not a tensor")
         _refuse_integers(raw)
         if raw.ndim:
             self.per_sample, self.unreduced, self.labels = True, self.criterion, None
-            return float(_samples(raw, count).mean()), self._apart(raw, batch)
+            return float(_samples(raw, sample_count(batch)).mean()), self._apart(raw, batch)
         if self.unreduced is None:
             _refuse_sum(self.criterion, outputs, targets, raw)
             self.note = "the criterion gives only a mean; return per-sample losses (reduction='none') instead"
@@ -176,8 +188,14 @@ class FunctionLoss:
         """Take over what ``seen``, a moved copy, found out in :meth:`inspect`."""
         self.per_sample, self.note = seen.per_sample, seen.note
 
+    def known(self) -> Known:
+        return self.per_sample, self.note, False
+
+    def adopt(self, known: Known) -> None:
+        self.per_sample, self.note, _ = known
+
     def confirm(self, model: nn.Module, batch: Batch) -> None:
-        """Look at another batch; a function's shape and weights are checked when it is used."""
+        """Nothing: a function's shape and weights are checked when it is used."""
 
     def counts_alike(self, one: Batch, other: Batch) -> bool:
         """Whether a sample of ``one`` counts as much as a sample of ``other``: unknown where their shapes differ."""

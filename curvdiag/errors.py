@@ -66,8 +66,17 @@ class DistributedError(CurvdiagError):
     """Another rank failed, or the ranks do not do the same; every one of them raises it."""
 
 
+class RankFailedError(DistributedError):
+    """Another rank failed in what all of them do together, and so they all gave it up; they are still in step."""
+
+
 class RankLostError(DistributedError):
     """A rank is gone, or has not answered within the timeout of the process group."""
+
+
+def out_of_step(error: BaseException) -> bool:
+    """Whether it says that ranks are gone or disagree, which no training should outlive."""
+    return isinstance(error, DistributedError) and not isinstance(error, RankFailedError)
 
 
 class CurvdiagWarning(UserWarning):

@@ -10,12 +10,18 @@ from torch import Tensor, nn
 
 from curvdiag.criterion import SUM_REMEDY, Loss
 from curvdiag.data import Batch, can_cut, can_merge, merge, place, sample_count, take
-from curvdiag.errors import LossError, NonFiniteError, NotDeterministicError
+from curvdiag.errors import CurvdiagError, LossError, NonFiniteError, NotDeterministicError
 from curvdiag.sandbox import random_fingerprint
 
 
 def inspect_loss(
-    loss: Loss, model: nn.Module, batches: Sequence[Batch], device: torch.device, *, coupled: bool
+    loss: Loss,
+    model: nn.Module,
+    batches: Sequence[Batch],
+    device: torch.device,
+    *,
+    coupled: bool,
+    several: bool = False,
 ) -> None:
     """Learn the loss from the first batch that counts, and compare it with itself there and with the others.
 
@@ -23,13 +29,16 @@ def inspect_loss(
 
     Args:
         coupled: BatchNorm couples the samples of a batch, which therefore cannot be cut.
+        several: Other processes hold further batches, so that it is enough if those count.
 
     Raises:
         NonFiniteError: The loss is NaN or infinite.
         NotDeterministicError: It differs between two passes.
         LossError: It is a sum, or a mean over something unknown.
     """
-    index = next((i for i, batch in enumerate(batches) if loss.has_weight(batch)), 0)
+    index = next((i for i, batch in enumerate(batches) if loss.has_weight(batch)), None if several else 0)
+    if index is None:
+        return
     first = place(batches[index], device, None)
     before = random_fingerprint()
     one, totals = loss.inspect(model, first)
@@ -59,13 +68,13 @@ def inspect_loss(
     if unweighted and not all(can_merge(batches[index], batches[i]) for i in others):
         apart = [i for i in others if not can_merge(batches[index], batches[i])]
         if not all(loss.counts_alike(batches[index], batches[i]) for i in apart):
-            raise LossError(_UNKNOWN_WEIGHTS)
+            raise LossError(UNKNOWN_WEIGHTS)
     sample = others[:: max(1, len(others) // FEW)][:FEW]
     for i in [index, *sample]:
-        _compare_means(loss, model, place(batches[i], device, None), several=bool(others))
+        _compare_means(loss, model, place(batches[i], device, None), several=several or bool(others))
     for i in sample if unweighted else []:
         if can_merge(batches[index], batches[i]):
-            _compare_batches(loss, model, first, place(batches[i], device, None))
+            compare_batches(loss, model, first, place(batches[i], device, None))
 
 
 FEW = 8
@@ -83,7 +92,7 @@ def _compare_samples(loss: Loss, model: nn.Module, batch: Batch, whole: Tensor) 
         return False, ""
     try:
         apart = torch.cat([loss.totals(model, half) for half in _split(batch, sample_count(batch) // 2)])
-    except (LossError, MemoryError, torch.OutOfMemoryError):
+    except (CurvdiagError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # the loss takes only batches of this size
         return False, f"the loss cannot be taken of half a batch ({type(error).__name__}: {error})"
@@ -114,7 +123,7 @@ def _compare_means(loss: Loss, model: nn.Module, batch: Batch, *, several: bool)
         halves = _split(batch, cut)
         try:
             parts = torch.stack([loss.value(model, half) for half in halves])
-        except (LossError, MemoryError, torch.OutOfMemoryError):
+        except (CurvdiagError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception:  # the loss takes only batches of this size
             return
@@ -127,10 +136,10 @@ def _compare_means(loss: Loss, model: nn.Module, batch: Batch, *, several: bool)
     if sums and all(sums):
         raise LossError(f"the loss is a sum over samples: {SUM_REMEDY}")
     if sums and unweighted:
-        raise LossError(_UNKNOWN_WEIGHTS)
+        raise LossError(UNKNOWN_WEIGHTS)
 
 
-_UNKNOWN_WEIGHTS = (
+UNKNOWN_WEIGHTS = (
     "the loss gives one number for a batch, and that of two batches together is not the mean of theirs, weighted by "
     "samples (a mean over tokens? a contrastive loss?), so that nothing says how much each batch counts: give "
     "Objective.from_loss(..., weight=...), a function of the batch that gives its number of tokens, or of samples; or "
@@ -138,18 +147,18 @@ _UNKNOWN_WEIGHTS = (
 )
 
 
-def _compare_batches(loss: Loss, model: nn.Module, one: Batch, other: Batch) -> None:
+def compare_batches(loss: Loss, model: nn.Module, one: Batch, other: Batch) -> None:
     """Two batches together have the mean of both, weighted by their samples; padding alike within each hides there."""
     try:
         values = torch.stack([loss.value(model, batch) for batch in (one, other, merge([one, other]))])
         single = loss.value(model, take(one, slice(0, 1)))  # means that cancel to zero have no scale of their own
-    except (LossError, MemoryError, torch.OutOfMemoryError):
+    except (CurvdiagError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception:  # the loss takes only batches of this size
         return
     weights = torch.stack([loss.counts(batch).sum() for batch in (one, other)]).to(values)
     if not _close((weights * values[:2]).sum() / weights.sum(), values[2], torch.cat([values, single[None]])):
-        raise LossError(_UNKNOWN_WEIGHTS)
+        raise LossError(UNKNOWN_WEIGHTS)
 
 
 def _split(batch: Batch, cut: int) -> tuple[Batch, Batch]:

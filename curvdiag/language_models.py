@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from curvdiag.data import Batch, place, read_batches, sample_count
+from curvdiag.distributed import Group, ranks_of
 from curvdiag.errors import ArgumentError, DataError, LossError, NonFiniteError
 from curvdiag.objective import Objective
 from curvdiag.parameters import Selection
@@ -36,6 +37,7 @@ def huggingface_objective(
     params: Selection | None = None,
     mode: Mode = "eval",
     keep_bytes: int | None = None,
+    group: Group = None,
 ) -> Objective:
     """The objective of a Transformers model, or of any other whose forward takes ``labels`` and gives loss and logits.
 
@@ -54,7 +56,7 @@ def huggingface_objective(
         batches: One batch or several, as a collator yields them. Without ``labels`` a causal language model is to
             predict its ``input_ids``, padding (``attention_mask`` 0, or without a mask the ``pad_token_id``) ignored.
         label_smoothing: As the Trainer's ``label_smoothing_factor``.
-        params, mode, keep_bytes: As in :class:`~curvdiag.Objective`.
+        params, mode, keep_bytes, group: As in :class:`~curvdiag.Objective`.
 
     Raises:
         DataError: A batch is no mapping, or has no labels that the model could be trained on.
@@ -65,15 +67,17 @@ def huggingface_objective(
         raise ArgumentError(f"label_smoothing is a share between 0 and 1, not {label_smoothing}")
     if mode not in ("eval", "train"):
         raise ArgumentError(f"mode is 'eval' or 'train', not {mode!r}")
-    network = unwrap(model)
-    read, notes = read_batches(batches, pairs=False, keep_bytes=keep_bytes)
-    kept = [prepared(network, batch, index) for index, batch in enumerate(read)]
-    kind = own_kind(network, kept, mode)
+    network, ranks = unwrap(model), ranks_of(group)
+    with ranks.together("making of an objective"):
+        read, notes = read_batches(batches, pairs=False, keep_bytes=keep_bytes)
+        kept = [prepared(network, batch, index) for index, batch in enumerate(read)]
+        kinds = own_kinds(network, kept, mode)
+    kind = kind_of_all(network, ranks.gather(kinds, "comparison of losses"))
     if label_smoothing and kind in ("squares", "logistic"):
         raise ArgumentError(f"label_smoothing={label_smoothing} smooths over classes, and the model has none: {kind}")
     loss = SampleLoss(kind, float(label_smoothing))
     objective = Objective.from_loss(
-        network, loss, batches=kept, weight=loss.counts, params=params, mode=mode, keep_bytes=keep_bytes
+        network, loss, batches=kept, weight=loss.counts, params=params, mode=mode, keep_bytes=keep_bytes, group=group
     )
     objective.notes = (*notes, *objective.notes)
     return objective
@@ -213,8 +217,8 @@ def is_encoder_decoder(model: nn.Module) -> bool:
     return bool(getattr(getattr(base_of(model), "config", None), "is_encoder_decoder", False))
 
 
-def own_kind(model: nn.Module, batches: list[dict[str, Any]], mode: Mode) -> str:
-    """The kind of loss that gives the model's own on every batch.
+def own_kinds(model: nn.Module, batches: list[dict[str, Any]], mode: Mode) -> list[str]:
+    """The kinds of loss that give the model's own on every batch held here.
 
     Raises:
         LossError: There is none, or the model gives no loss.
@@ -232,8 +236,24 @@ def own_kind(model: nn.Module, batches: list[dict[str, Any]], mode: Mode) -> str
     shared = Weights.of(model, [], dtype=None, share=True)
     with sandbox(model, mode, device, twice=False), _same_config(base_of(model)):
         kinds: list[str] = with_tensors(model, shared.tensors(), look)
+    return kinds
+
+
+def kind_of_all(model: nn.Module, kinds: list[list[str]]) -> str:
+    """The kind that gives the model's own loss on all ranks, from those that do on each.
+
+    Raises:
+        LossError: There is none.
+    """
+    left = [kind for kind in KINDS if all(kind in own for own in kinds)]
+    if not left:
+        told = "; ".join(f"{', '.join(own)} on rank {i}" for i, own in enumerate(kinds))
+        raise LossError(
+            f"the loss of {type(base_of(model)).__name__} is of another kind on each rank ({told}): give all of them "
+            "batches of the same form"
+        )
     # Untrained heads give every class the same chance, and then shifted labels have the loss of labels in place.
-    return "labels" if "labels" in kinds and not is_causal(model) else kinds[0]
+    return "labels" if "labels" in left and not is_causal(model) else left[0]
 
 
 def _agreeing(model: nn.Module, batch: dict[str, Any], index: int, kinds: list[str]) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import zlib
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +12,15 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from curvdiag.criterion import CriterionLoss, FunctionLoss, Loss
-from curvdiag.data import Batch, can_cut, place, read_batches, sample_count, take, tensors_of
-from curvdiag.distributed import Group, ranks_of
-from curvdiag.errors import ArgumentError, DataError, LossError, NonFiniteError
-from curvdiag.inspection import inspect_loss
+from curvdiag.data import Batch, can_cut, place, read_batches, sample_count
+from curvdiag.distributed import Group, Ranks, ranks_of
+from curvdiag.distributed.sharded_gradient import ShardedGradient
+from curvdiag.distributed.sharded_model import sharded_model
+from curvdiag.errors import ArgumentError, DataError
+from curvdiag.gradients import gradient
+from curvdiag.inspection_of_objective import inspected
 from curvdiag.parameters import Parameters, Selection
+from curvdiag.portions import cut_batches, halves
 from curvdiag.sandbox import Mode, sandbox, unwrap, with_tensors
 from curvdiag.weights import Weights, same_on_all
 
@@ -46,7 +49,9 @@ class Objective:
         keep_bytes: Most bytes of batches to keep; a quarter of the free memory by default.
         group: The processes that measure together, each with the same model and with ``data`` of its own: a process
             group, or ``"world"`` for all. All make the same calls, and get the same numbers: those of the data of all
-            ranks, one rank's after the other's. By default this process measures alone.
+            ranks, one rank's after the other's. By default this process measures alone. Of sharded weights (DTensors:
+            ``fully_shard``, tensor parallelism) these are the ranks whose data differ, ``mesh["dp"].get_group()`` of a
+            mesh of several dimensions; they are measured by ``Hessian(objective, method="finite-difference")`` alone.
 
     Attributes:
         size: ``N``, the number of samples, those of all ranks.
@@ -133,27 +138,24 @@ class Objective:
             raise ArgumentError(f"mode is 'eval' or 'train', not {mode!r}")
         self.model = unwrap(model)
         self.mode = mode
+        self.shards = sharded_model(self.model, self.ranks)
         self.parameters = Parameters.of(self.model, params)
         self.batches = batches
         self._loss = loss
         self._moved_losses: dict[torch.dtype | None, Loss] = {}
         if not self.ranks.alone:
-            self.ranks.agree("chosen parameters", _in_short(self.parameters))
+            self.ranks.agree("chosen parameters", self.parameters.in_short())
             self.ranks.agree("modes", mode)
-        self._inspect()
-        self._share_what_is_known(loss)
+        if self.shards is not None:
+            self.shards.compare_data(batches)
+        self._loss.learn(inspected(self))
         self.notes = tuple(notes + ([loss.note] if loss.note else []))
         self._count()
-
-    def _share_what_is_known(self, loss: Loss) -> None:
-        """Where one rank cannot tell its samples apart, none does."""
-        for note in self.ranks.gather("" if loss.per_sample else loss.note or self.why(), "comparison of losses"):
-            if note and loss.per_sample:
-                loss.per_sample, loss.note = False, note
 
     def _count(self) -> None:
         counts = [sum(sample_count(batch) for batch in self.batches)]
         weight = float(sum(self._loss.counts(batch).sum() for batch in self.batches))
+        _ = self.ranks.neighbours  # asked for by all ranks here, so that it is known wherever one of them needs it
         if not self.ranks.alone:
             told = self.ranks.gather((counts[0], weight), "counting of samples")
             counts, weight = [one for one, _ in told], sum(one for _, one in told)
@@ -162,19 +164,20 @@ class Objective:
         if not self.total_weight > 0:
             raise DataError("the weights of all samples add up to zero: every target is ignored or has class weight 0")
 
-    def _inspect(self) -> None:
-        """Find out what the loss is; a few forward passes, once."""
-        seen = self._moved(None)
+    @property
+    def sharded(self) -> bool:
+        """Whether the weights are spread over ranks (DTensors), each of which then holds a part of every vector."""
+        return self.shards is not None
 
-        def look() -> None:
-            with torch.no_grad():
-                inspect_loss(seen, self.model, self.batches, self.device, coupled=self.couples_samples)
-
-        self.inside(self.weights(), look, twice=False)
-        self._loss.learn(seen)
+    @property
+    def holders(self) -> Ranks:
+        """The ranks that hold the weights, or the data, together."""
+        return self.ranks if self.shards is None else self.shards.ranks
 
     @property
     def device(self) -> torch.device:
+        if self.shards is not None:
+            return self.shards.device
         return next(self.model.parameters()).device
 
     @property
@@ -184,6 +187,8 @@ class Objective:
 
     @property
     def _live(self) -> list[Tensor]:
+        if self.shards is not None:
+            return list(self.shards.live(self.parameters.names))
         found = dict(self.model.named_parameters(remove_duplicate=False))
         return [found[name] for name in self.parameters.names]
 
@@ -211,8 +216,11 @@ class Objective:
         On several ranks it is the same on all: buffers, which training leaves different, are those of the first.
 
         Raises:
+            ArgumentError: The weights are sharded.
             DistributedError: The ranks have different weights.
         """
+        if self.shards is not None:
+            raise self.shards.refuse_whole()
         picture = Weights.of(self.model, self.parameters.names, dtype=dtype, share=share)
         return picture if self.ranks.alone else same_on_all(picture, self.ranks)
 
@@ -245,6 +253,10 @@ class Objective:
 
     def value(self) -> float:
         """The empirical risk at the model's present weights."""
+        if self.shards is not None:
+            found = ShardedGradient(self, self.shards, self.batches)
+            with self.holders.together("loss"), found.borrowed():
+                return found.value()
 
         def add_up() -> float:
             with torch.no_grad():
@@ -256,7 +268,10 @@ class Objective:
         return self.ranks.total(own) / self.total_weight
 
     def gradient(self) -> Tensor:
-        """The gradient ``[P]`` at the model's present weights."""
+        """The gradient ``[P]`` at the model's present weights; of sharded ones, what this rank holds of it."""
+        if self.shards is not None:
+            with self.holders.together("gradient"):
+                return ShardedGradient(self, self.shards, self.batches).here()
         weights = self.weights()
         return self.ranks.sum("gradient", lambda: gradient(self, weights, self.batches))
 
@@ -266,18 +281,7 @@ class Objective:
         Raises:
             DataError: There is only one sample, or a batch cannot be cut by sample.
         """
-        if self.size < 2 or not all(can_cut(batch) for batch in self.batches):
-            raise DataError("splitting needs two samples, and tensors that have the samples as first dimension")
-        if not self._loss.per_sample:
-            raise LossError(f"splitting needs a loss for each sample: {self._loss.note}")
-        order = torch.randperm(self.size, generator=torch.Generator().manual_seed(seed))
-        first = torch.zeros(self.size, dtype=torch.bool)
-        first[order[: (self.size + 1) // 2]] = True
-        own = first[self.first_sample :][: self.local_size]
-        with self.ranks.together("splitting"):
-            if not self.ranks.alone and (bool(own.all()) or not bool(own.any())):
-                raise DataError(f"rank {self.ranks.rank} would have no sample in one half: give each rank more of them")
-        return self._restricted(own), self._restricted(~own)
+        return halves(self, seed)
 
     def restricted_to(self, selection: Selection) -> Objective:
         """The same risk as a function of fewer parameters; the others stay as they are.
@@ -286,20 +290,12 @@ class Objective:
             ParameterError: The selection matches nothing.
         """
         block = copy.copy(self)
-        block.parameters = self.parameters.subset(self.parameters.select(selection, self._live))
+        with self.ranks.together("restriction to fewer parameters"):
+            block.parameters = self.parameters.subset(self.parameters.select(selection, self._live))
+        if not self.ranks.alone:
+            self.ranks.agree("chosen parameters", block.parameters.in_short())
         block.__dict__.pop("_graph_bytes", None)  # the graphs of other parameters hold other things
         return block
-
-    def _restricted(self, kept: Tensor) -> Objective:
-        half = copy.copy(self)
-        half.batches = []
-        parts = kept.split([sample_count(batch) for batch in self.batches])
-        for batch, part in zip(self.batches, parts, strict=True):
-            if part.any():
-                device = tensors_of(batch)[0].device
-                half.batches.append(take(batch, part.nonzero().squeeze(1).to(device)))
-        half._count()
-        return half
 
     def micro_batches(self, micro_batch: int | None) -> Iterator[Batch]:
         """The batches, cut into pieces of at most ``micro_batch`` samples.
@@ -307,16 +303,7 @@ class Objective:
         Raises:
             LossError: They cannot be cut: BatchNorm couples their samples, or the loss gives only a mean.
         """
-        if micro_batch is None:
-            yield from self.batches
-            return
-        if not isinstance(micro_batch, int) or micro_batch < 1:
-            raise ArgumentError(f"micro_batch is a number of samples, at least 1, not {micro_batch}")
-        if not self.can_regroup:
-            raise LossError(f"micro_batch cuts batches by sample, which this objective does not allow: {self.why()}")
-        for batch in self.batches:
-            for start in range(0, sample_count(batch), micro_batch):
-                yield take(batch, slice(start, start + micro_batch))
+        return cut_batches(self, micro_batch)
 
     def first_bad_batch(self, weights: Weights, dtype: torch.dtype | None) -> str:
         """Where the loss stops being finite, in words."""
@@ -335,6 +322,12 @@ class Objective:
 
         ``print(objective.plan(steps=80, probes=4, deflate=10))`` shows vectors, graphs, time and bytes before anything
         of that size is made. It costs a few gradients of at most 32 samples.
+
+        ``objective.plan(world_size=8)`` adds what each of 8 ranks would take, with all weights on every rank or with
+        sharded ones (``sharded=False`` or ``True`` for only one of them): memory, traffic and time for a product. It
+        needs no other process. Times are of ranks like this machine; ``hardware="H100"`` (or ``"A100"``, ``"H200"``)
+        takes those of such GPUs in nodes of eight, ``flops=`` a second, ``bandwidth=`` in bytes a second and
+        ``latency=`` in seconds what is known better. See ``docs/scale.md``.
 
         Raises:
             ArgumentError: Another quantity, or options that make no sense.
@@ -360,42 +353,3 @@ class Objective:
             samples = f"{self.size:,} samples on {self.ranks.count} ranks, {self.local_size:,} in {batches} here"
         about = f"{samples}, {self.parameters.size:,} parameters, mode={self.mode!r}"
         return f"Objective({type(self.model).__name__}, {about})"
-
-
-def _in_short(parameters: Parameters) -> str:
-    """What parameters there are, in a few words that differ where they do."""
-    told = zlib.crc32(repr((parameters.names, parameters.shapes)).encode())
-    return f"{len(parameters)} tensors of {parameters.size:,} numbers ({told:08x})"
-
-
-def gradient(
-    objective: Objective,
-    weights: Weights,
-    batches: list[Batch],
-    dtype: torch.dtype | None = None,
-) -> Tensor:
-    """Gradient ``[P]`` of the objective's share that ``batches`` make up, at ``weights``."""
-    wanted = dtype or objective.dtype
-    parts = zip(gradients(objective, weights, batches, dtype), weights.chosen, strict=True)
-    return objective.parameters.flatten((torch.zeros_like(w) if g is None else g).to(wanted) for g, w in parts)
-
-
-def gradients(
-    objective: Objective, weights: Weights, batches: list[Batch], dtype: torch.dtype | None = None
-) -> list[Tensor | None]:
-    """The same by parameter; None where the loss does not reach it.
-
-    They are collected by ``backward``, which reentrant checkpointing needs, in leaves of our own.
-    """
-    leaves = weights.replaced(weights.chosen)
-
-    def add_up() -> None:
-        for index, batch in enumerate(batches):
-            loss = objective.totals(batch, dtype).sum() / objective.total_weight
-            if not bool(torch.isfinite(loss)):
-                raise NonFiniteError(f"the loss on batch {index} is {float(loss.detach())}; there is no curvature here")
-            if loss.requires_grad:
-                loss.backward()
-
-    objective.inside(leaves, add_up, twice=False)
-    return [t.grad for t in leaves.chosen]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -83,6 +84,11 @@ class Parameters:
         """Where each tensor lies in the flat vector."""
         ends = list(accumulate(self.numels))
         return tuple(slice(end - n, end) for end, n in zip(ends, self.numels, strict=True))
+
+    def in_short(self) -> str:
+        """What parameters there are, in a few words that differ where names or shapes do."""
+        told = zlib.crc32(repr((self.names, self.shapes)).encode())
+        return f"{len(self)} tensors of {self.size:,} numbers ({told:08x})"
 
     def views(self, vector: Tensor) -> list[Tensor]:
         """The parts of a contiguous vector ``[P]`` in the shapes of the parameters, without copying."""

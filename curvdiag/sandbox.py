@@ -21,10 +21,32 @@ Mode = str
 """``"eval"`` or ``"train"``: how layers such as BatchNorm and dropout behave during a measurement."""
 
 
+class _Depth:
+    """How many contexts of measurements are open, in whatever thread autograd runs their hooks."""
+
+    def __init__(self) -> None:
+        self.open = 0
+
+    def __enter__(self) -> None:
+        self.open += 1
+
+    def __exit__(self, *_: object) -> None:
+        self.open -= 1
+
+
+_DEPTH = _Depth()
+
+
+def measuring() -> bool:
+    """Whether a measurement runs: what it does to the model is no part of the training."""
+    return _DEPTH.open > 0
+
+
 @contextmanager
 def numerics(device: torch.device) -> Iterator[None]:
     """Autocast and inference mode off, gradients on: what every product needs, forward pass or not."""
     with ExitStack() as stack:
+        stack.enter_context(_DEPTH)
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         for kind in {"cpu", device.type}:

@@ -77,15 +77,21 @@ def same_on_all(weights: Weights, ranks: Ranks) -> Weights:
         DistributedError: The parameters differ.
     """
     remedy = "each rank needs the same weights: those of the first, as DistributedDataParallel gives them"
-    ranks.agree("weights", _checksum([*weights.chosen, *weights.fixed.values()]), remedy)
-    buffers = list(weights.buffers.items())
-    if len(set(ranks.gather(_checksum([buffer for _, buffer in buffers]), "comparison of buffers"))) == 1:
-        return weights
-    shared = {name: ranks.first_(buffer.detach().clone(), "buffers of the first rank") for name, buffer in buffers}
-    return Weights(weights.chosen, weights.fixed, shared, weights.names)
+    ranks.agree("weights", checksum([*weights.chosen, *weights.fixed.values()]), remedy)
+    shared = buffers_of_first(weights.buffers, ranks)
+    return weights if shared is None else Weights(weights.chosen, weights.fixed, shared, weights.names)
 
 
-def _checksum(tensors: Sequence[Tensor]) -> str:
+def buffers_of_first(buffers: dict[str, Tensor], ranks: Ranks) -> dict[str, Tensor] | None:
+    """Copies of the first rank's buffers; None where all ranks have the same."""
+    if not buffers:
+        return None
+    if len(set(ranks.gather(checksum(list(buffers.values())), "comparison of buffers"))) == 1:
+        return None
+    return {name: ranks.first_(b.detach().clone(), "buffers of the first rank") for name, b in buffers.items()}
+
+
+def checksum(tensors: Sequence[Tensor]) -> str:
     """A word that differs where some of the entries looked at do."""
     word = 0
     for tensor in tensors:

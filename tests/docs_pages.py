@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
 import shlex
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +24,7 @@ FENCE = re.compile(
     r"(?P<code>.*?)^(?P=indent)```$",
     flags=re.DOTALL | re.MULTILINE,
 )
-COMMAND = re.compile(r"(?:[A-Z_]+=\S+ )*curvdiag ")
+COMMAND = re.compile(r"(?:[A-Z_]+=\S+ )*curvdiag |torchrun ")
 SHELLS = ("console", "bash", "sh", "")
 
 
@@ -41,7 +44,7 @@ class Block:
 
     @property
     def commands(self) -> list[str]:
-        """The lines of a shell that call curvdiag."""
+        """The lines of a shell that call curvdiag, or start processes."""
         lines = [line.strip().removeprefix("$ ") for line in self.code.splitlines()]
         return [line for line in lines if COMMAND.match(line)] if self.language in SHELLS else []
 
@@ -58,10 +61,28 @@ def blocks_of(page: Path) -> list[Block]:
 
 
 def run_command(line: str) -> None:
-    """Run one line in this process; it has to end well."""
+    """Run one line, in this process or in those of torchrun; it has to end well."""
+    if line.startswith("torchrun "):
+        run_on_ranks(shlex.split(line, comments=True)[1:])
+        return
     with pytest.raises(SystemExit) as ended:
         main(shlex.split(line, comments=True)[1:])
     assert ended.value.code in (None, 0), line
+
+
+def run_on_ranks(arguments: list[str]) -> None:
+    """Run ``torchrun`` in the present folder, with this checkout, and print what the processes print."""
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *arguments],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=150,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-6000:]
+    print(done.stdout, end="")
 
 
 def run(block: Block, names: dict[str, Any], page: Path) -> str:

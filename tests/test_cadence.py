@@ -157,7 +157,7 @@ class FakeTime:
 def clock(monkeypatch):
     fake = FakeTime()
     monkeypatch.setattr("curvdiag.monitor.clock.time", fake)
-    monkeypatch.setattr("curvdiag.monitor.monitor.time", fake)
+    monkeypatch.setattr("curvdiag.monitor.survey.time", fake)
     monkeypatch.setattr("curvdiag.monitor.price.time", fake)
 
     def measured(objective, settings, *, strict, **_):
@@ -167,7 +167,7 @@ def clock(monkeypatch):
     def gradient(self):
         fake.now += 0.5
 
-    monkeypatch.setattr("curvdiag.monitor.monitor.measure", measured)
+    monkeypatch.setattr("curvdiag.monitor.survey.measure", measured)
     monkeypatch.setattr(Objective, "gradient", gradient)
     return fake
 

@@ -13,7 +13,8 @@ from curvdiag import GaussNewton, Hessian, Objective, trace
 from curvdiag.errors import NonFiniteError, NotDeterministicError
 from curvdiag.operators import kept_graph
 from curvdiag.operators.plan import GraphBytes, all_fit, upper_bound
-from curvdiag.spectrum.trace import _all_finite
+from curvdiag.space import WholeSpace
+from curvdiag.spectrum.range import all_finite
 
 Batch = tuple[Tensor, Tensor]
 
@@ -146,5 +147,5 @@ def test_one_bad_entry_of_a_product_stops_a_trace_and_large_ones_do_not(bad: flo
     for method in ("hutchinson", "xtrace"):
         with pytest.raises(NonFiniteError):
             trace(torch.diag(torch.tensor([1.0] * 49 + [bad])), probes=8, method=method)
-    assert _all_finite(torch.full((2, 50), 3e38))  # though their sum is not
-    assert not _all_finite(torch.tensor([[float("inf"), -float("inf")]]))
+    assert all_finite(WholeSpace(50), torch.full((2, 50), 3e38))  # though their sum is not
+    assert not all_finite(WholeSpace(2), torch.tensor([[float("inf"), -float("inf")]]))

@@ -20,7 +20,7 @@ from curvdiag.errors import ArgumentError, LossError
 from curvdiag.noise.cwgd import cwgd
 from curvdiag.noise.cwgd_diagonal import diagonal_form
 from curvdiag.noise.cwgd_full import full_form
-from curvdiag.spectrum.probes import rademacher
+from curvdiag.space.probes import rademacher
 
 
 def quadratic(a: Tensor, samples: int = 12, seed: int = 0) -> tuple[Objective, Tensor]:

@@ -11,9 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from curvdiag import anisotropy, spectral_density
 from curvdiag.errors import ArgumentError, NonFiniteError
 from curvdiag.operators.base import linear_map
+from curvdiag.space.probes import rademacher
 from curvdiag.spectrum.deflation import find_deflation
 from curvdiag.spectrum.lanczos import lanczos
-from curvdiag.spectrum.probes import rademacher
 from curvdiag.spectrum.projection import Projection, gaps_between
 
 

@@ -12,8 +12,8 @@ from scipy.sparse import csr_matrix
 from scipy.sparse.linalg import aslinearoperator
 
 from curvdiag.errors import ArgumentError, NonFiniteError
+from curvdiag.space.probes import rademacher
 from curvdiag.spectrum import SpectralDensity, spectral_density
-from curvdiag.spectrum.probes import rademacher
 
 
 def off_diagonal(matrix):

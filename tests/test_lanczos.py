@@ -13,8 +13,8 @@ from scipy.sparse.linalg import aslinearoperator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from curvdiag.errors import ArgumentError, NonFiniteError, TooLargeError
+from curvdiag.space.probes import gaussian, rademacher
 from curvdiag.spectrum.lanczos import lanczos, largest_weight
-from curvdiag.spectrum.probes import gaussian, rademacher
 from curvdiag.spectrum.vectors import row_dots
 
 POLICIES = ("none", "partial", "full")

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from curvdiag import GaussNewton, Hessian, NoiseCovariance, Objective, layer_spectra, spectral_density
 from curvdiag.operators.blocks import Blocks
 from curvdiag.operators.objective_operator import ObjectiveOperator
+from curvdiag.space.probes import rademacher
 from curvdiag.spectrum import layers as module
 from curvdiag.spectrum.lanczos import Recurrence, lanczos
-from curvdiag.spectrum.probes import rademacher
 
 
 @pytest.mark.parametrize("options", [{}, {"memory": 0}, {"micro_batch": 3}], ids=str)

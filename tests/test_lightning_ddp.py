@@ -1,4 +1,4 @@
-"""CurvatureCallback under DDP: two processes on the CPU, of which the first measures."""
+"""CurvatureCallback under DDP: two processes on the CPU, of which the first measures, or both together."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ SCRIPT = Path(__file__).with_name("lightning_ddp.py")
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory):
     """What each of the two processes saw, by case; and the folder."""
-    return launch(tmp_path_factory.mktemp("ddp"), "bare", "watched", "homeless")
+    return launch(
+        tmp_path_factory.mktemp("ddp"), "bare", "watched", "homeless", "together", "together_scheduled", "sharded"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +62,41 @@ def test_training_on_two_processes_is_bit_identical_with_and_without_it(seen):
 def test_the_first_process_measures_and_writes_one_file(seen):
     ranks, folder = seen
     assert [found["watched"]["steps"] for found in ranks] == [[2, 4, 6, 8], None]
+    assert sorted(file.name for file in folder.glob("*.db*")) == ["sharded.db", "together.db", "watched.db"]
     assert measured_at(folder, "watched.db") == [2, 4, 6, 8]
+
+
+def test_with_an_objective_of_both_they_measure_together_and_train_as_without_it(seen):
+    ranks, folder = seen
+    for found in ranks:
+        assert found["together"]["weights"] == found["bare"]["weights"]
+        assert found["together"]["own"] == found["bare"]["own"]
+        assert found["together"]["steps"] == [2, 4, 6, 8]
+        assert found["together"]["size"] == 64
+        assert found["together"]["numbers"] == ranks[0]["together"]["numbers"]
+        assert found["together"]["told"] == [pytest.approx(found["together"]["numbers"][-1]["curv/hessian/lambda_max"])]
+    with RunStore(folder / "together.db", readonly=True) as store:
+        first, _ = store.runs()
+        assert store.scalars("curv/hessian/lambda_max", first.id).steps.tolist() == [2, 4, 6, 8]
+
+
+def test_together_they_may_read_the_clock_and_schedules_choose_alike(seen):
+    one, other = (found["together_scheduled"] for found in seen[0])
+    assert one == other
+    assert one["steps"][0] == 1
+    assert one["weights"] != seen[0][0]["bare"]["weights"]
+
+
+def test_with_fully_shard_they_measure_on_the_shards(seen):
+    ranks, folder = seen
+    for found in ranks:
+        assert found["sharded"]["sharded"]
+        assert found["sharded"]["watched"] == found["sharded"]["bare"]
+        assert len(found["sharded"]["trace"]) == 4
+        assert found["sharded"]["trace"] == ranks[0]["sharded"]["trace"]
+        assert "give objective= a function that makes one of all processes" in found["sharded"]["refused"]
+    with RunStore(folder / "sharded.db", readonly=True) as store:
+        assert store.scalars("curv/hessian/trace").steps.tolist() == [2, 4, 6, 8]
 
 
 def test_where_the_first_process_cannot_begin_no_other_waits_for_it(seen):
@@ -82,6 +118,7 @@ def test_schedules_choose_alike_on_all_processes(scheduled, case, measurements):
 
 @pytest.mark.long
 def test_a_resumed_training_on_two_processes_goes_on_in_the_same_run(scheduled):
+    assert [file.name for file in scheduled[1].glob("*.db*")] == ["scheduled.db"]
     assert measured_at(scheduled[1], "scheduled.db") == [2, 4, 6, 8, 10, 12]
 
 
@@ -92,7 +129,6 @@ def test_a_cadence_that_the_other_process_cannot_know_is_refused_on_both(schedul
 
 
 def measured_at(folder, name):
-    assert sorted(file.name for file in folder.glob("*.db*")) == [name]
     with RunStore(folder / name, readonly=True) as store:
         assert len(store.runs()) == 1
         return store.scalars("curv/hessian/lambda_max").steps.tolist()

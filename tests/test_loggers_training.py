@@ -90,7 +90,7 @@ def mocked_time(monkeypatch, measurement):
         took(measurement)
         return Found({"curv/hessian/lambda_max": 1.0}, {}, [], 1)
 
-    monkeypatch.setattr("curvdiag.monitor.monitor.measure", measured)
+    monkeypatch.setattr("curvdiag.monitor.survey.measure", measured)
     monkeypatch.setattr("curvdiag.monitor.price.Price.gradient_seconds", 1.0)
     return took
 

@@ -153,7 +153,7 @@ def test_each_measurement_mixes_another_random_vector_and_equal_runs_are_equal()
 
 
 def kept(monitor):
-    return {name: vector for name, (_, vector) in monitor._warm._kept.items()}
+    return {name: vector for name, (_, vector) in monitor._survey.warm._kept.items()}
 
 
 def test_a_failed_measurement_leaves_no_vector(monkeypatch):

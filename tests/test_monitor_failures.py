@@ -110,7 +110,7 @@ def clock(monkeypatch, model, *, step, measurement, error=None):
             raise error
         return Found({"curv/hessian/lambda_max": 1.0}, {}, [], 1)
 
-    monkeypatch.setattr("curvdiag.monitor.monitor.measure", measured)
+    monkeypatch.setattr("curvdiag.monitor.survey.measure", measured)
     monkeypatch.setattr(Objective, "gradient", lambda self: took(0.01))
     model.register_forward_pre_hook(lambda *_: took(step))
 

@@ -270,7 +270,7 @@ def test_a_checkpoint_of_before_there_was_record_is_still_read(tmp_path):
 
 def test_recording_at_every_step_is_cheap(tmp_path, monkeypatch):
     """A transaction a call: nothing is read back, and no density written again."""
-    monkeypatch.setattr("curvdiag.monitor.monitor.measure", lambda *_, **__: Found({"x": 1.0}, {}, [], 0))
+    monkeypatch.setattr("curvdiag.monitor.survey.measure", lambda *_, **__: Found({"x": 1.0}, {}, [], 0))
     with watch(tmp_path / "run.db") as monitor:
         monitor.measure()
         statements = []

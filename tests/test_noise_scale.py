@@ -20,7 +20,7 @@ from curvdiag import Hessian, Objective, cwgd, gradient_diversity, gradient_mome
 from curvdiag.errors import ArgumentError, LossError, StaleWeightsError
 from curvdiag.noise.noise_scale import along_noise, noise_over_gradient, noise_scale, simple_noise_scale
 from curvdiag.noise.signed_sums import signed_sums
-from curvdiag.spectrum.probes import rademacher
+from curvdiag.space.probes import rademacher
 
 
 @pytest.mark.parametrize("net", ["mlp-tanh", "conv-batchnorm", "transformer-tied"])

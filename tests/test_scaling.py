@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from curvdiag import Objective
 from curvdiag.errors import ArgumentError, LossError, TooLargeError
-from curvdiag.scaling import blocks
+from curvdiag.scaling import alike, blocks
 from curvdiag.scaling.measure import scaling_test
 from curvdiag.scaling.result import Bounds
 
@@ -320,7 +320,7 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
         scaling_test(objective, "2.*", method="kronecker")
     with pytest.raises(TooLargeError, match="exact diagonal"):
         scaling_test(objective, basis="parameter", method="matrix-free")
-    monkeypatch.setattr(blocks, "free_bytes", lambda device: 1000)
+    monkeypatch.setattr(alike, "free_bytes", lambda device: 1000)
     for method in ("dense", "kronecker"):
         with pytest.raises(TooLargeError, match=r"72 KB.*matrix-free"):
             scaling_test(objective, "2.weight", method=method)

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from curvdiag import Objective, RunStore
-from curvdiag.checkpoints import scanning
+from curvdiag.checkpoints import work
 from curvdiag.checkpoints.load import load
 from curvdiag.errors import ArgumentError, LossError, StoreError
 
@@ -153,7 +153,7 @@ def test_a_checkpoint_that_is_written_anew_while_it_is_read_is_not_taken_for_eit
             (folder / "new").write_bytes((folder / "step=6.pt").read_bytes())
             (folder / "new").replace(folder / "step=4.pt")
 
-    monkeypatch.setattr(scanning, "load", load_and_overwrite)
+    monkeypatch.setattr(work, "load", load_and_overwrite)
     result = quick(folder)
     assert result.measured == (2, 6)
     assert [failure.reason for failure in result.failed] == ["step=4.pt was written anew while it was read"]

@@ -9,7 +9,7 @@ from nets import make
 from torch import nn
 
 from curvdiag import Hessian, Objective, anisotropy, diagonal, spectral_density, top_eigenpairs, trace
-from curvdiag.spectrum.probes import rademacher
+from curvdiag.space.probes import rademacher
 
 
 def softmax_regression_at_zero(features: int = 12, classes: int = 10) -> Hessian:

@@ -17,8 +17,8 @@ from curvdiag.objective import Objective
 def fingerprint(objective: Objective) -> str:
     """The first 16 digits of a SHA-256 of the batches, the loss and the names of the parameters; weights do not count.
 
-    Of a function its name counts, of a module its class, settings and tensors, of another object its class and the
-    numbers and words that it holds.
+    On several ranks it is that of the batches of all of them. Of a function its name counts, of a module its class,
+    settings and tensors, of another object its class and the numbers and words that it holds.
     """
     loss = objective.loss()
     made_of = [type(loss), *(getattr(loss, name, None) for name in ("criterion", "loss", "weight"))]
@@ -26,6 +26,8 @@ def fingerprint(objective: Objective) -> str:
     for piece in pieces([objective.parameters.names, made_of, *map(tensors_of, objective.batches)]):
         digest.update(len(piece).to_bytes(8, "big"))
         digest.update(piece)
+    if not objective.ranks.alone:
+        digest = hashlib.sha256("".join(objective.ranks.gather(digest.hexdigest())).encode())
     return digest.hexdigest()[:16]
 
 

@@ -11,7 +11,8 @@ from typing import Any
 from curvdiag.checkpoints.find import weights_file
 from curvdiag.errors import ArgumentError
 from curvdiag.monitor.measurement import Measurement
-from curvdiag.record import Run, RunStore
+from curvdiag.record import Run, RunInfo, RunStore
+from curvdiag.record.same import differing
 
 MEASURED = "curv/cost/seconds"
 """A number that every measurement of a scan holds."""
@@ -23,7 +24,8 @@ class Ledger:
     """One run of a store, begun or continued.
 
     A scan is continued where a run has the same name and description: folder, objective (with its data and loss) and
-    settings. With any other one a new run is begun, so that one run never mixes two kinds of measurements.
+    settings. With any other one a new run is begun, so that one run never mixes two kinds of measurements. Several
+    processes may hold the same run at once, each with checkpoints of its own.
 
     Attributes:
         run: The run.
@@ -33,9 +35,15 @@ class Ledger:
     def __init__(
         self, store: RunStore, name: str, config: Mapping[str, Any], description: Mapping[str, Mapping[str, Any]]
     ) -> None:
-        named = [(info, differing(info.config, description)) for info in store.runs() if info.name == name]
-        known = [info for info, keys in named if not keys]
-        self.run: Run = store.resume(known[-1].id) if known else store.new_run(name, {**config, **description})
+        named: list[tuple[RunInfo, list[str]]] = []
+
+        def same(info: RunInfo) -> bool:
+            if info.name == name:
+                named.append((info, differing(info.config, description)))
+            return info.name == name and not named[-1][1]
+
+        self.run: Run = store.new_run(name, {**config, **description}, unless=same)
+        known = any(not keys for _, keys in named)
         self.beginning = f"{'continues' if known else 'begins'} run {self.run.name!r}"
         if named and not known:
             last, keys = named[-1]
@@ -75,23 +83,10 @@ class Ledger:
         )
 
     def event(self, step: int, kind: str, message: str) -> None:
-        """Record that something happened, once."""
+        """Record that something happened, once; also where several scans write into the file."""
         if (kind, message, step) not in self._events:
             self._events.add((kind, message, step))
-            self.run.record(step, events=[(kind, message)])
-
-
-WORDS = {"fingerprint": "data or loss"}
-
-
-def differing(config: Mapping[str, Any], description: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """In what a run's configuration is not that of a description, in words."""
-    found = []
-    for section, wanted in description.items():
-        held = config.get(section)
-        held = held if isinstance(held, Mapping) else {}
-        found += [WORDS.get(key, key) for key in wanted if held.get(key) != wanted[key]]
-    return found
+            self.run.event(step, kind, message)
 
 
 def stamped(path: Path) -> str:

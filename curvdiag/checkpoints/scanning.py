@@ -5,66 +5,24 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from curvdiag.checkpoints.find import Patterns, find
 from curvdiag.checkpoints.fingerprint import fingerprint
-from curvdiag.checkpoints.ledger import Ledger, common_folder, stamped
-from curvdiag.checkpoints.load import load, weights_kept
-from curvdiag.checkpoints.match import differ, weights_in
+from curvdiag.checkpoints.ledger import Ledger, common_folder
+from curvdiag.checkpoints.load import weights_kept
 from curvdiag.checkpoints.measuring import Measurer
+from curvdiag.checkpoints.outcome import Failure, Scan
 from curvdiag.checkpoints.read import MOST, Contents, read
+from curvdiag.checkpoints.shards import Shard, checked, share
 from curvdiag.checkpoints.steps import REMEDY, Place, places
+from curvdiag.checkpoints.work import Plan, Tell, Work, reason
 from curvdiag.errors import ArgumentError, CheckpointError
 from curvdiag.monitor.description import describe_settings
 from curvdiag.monitor.settings import Preset, Settings
 from curvdiag.objective import Objective
 from curvdiag.record import RunStore
-from curvdiag.results import Result
-
-Tell = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Failure(Result):
-    """A checkpoint that was not measured.
-
-    Attributes:
-        path: Which one.
-        reason: Why not, in one line that begins with its name.
-    """
-
-    path: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Scan(Result):
-    """What came of a scan.
-
-    Attributes:
-        store: The run file.
-        run: Number of the run in it.
-        name: Its name.
-        measured: Steps measured now, in order.
-        held: Steps that the run held already.
-        failed: Checkpoints that were not measured, in natural order.
-    """
-
-    store: str
-    run: int
-    name: str
-    measured: tuple[int, ...]
-    held: tuple[int, ...]
-    failed: tuple[Failure, ...]
-
-    def __str__(self) -> str:
-        parts = [f"{len(self.measured)} checkpoints measured"]
-        parts += [f"{len(self.held)} there already"] if self.held else []
-        parts += [f"{len(self.failed)} failed"] if self.failed else []
-        return f"{self.store}, run {self.name!r}: {', '.join(parts)}"
 
 
 def scan(
@@ -77,6 +35,7 @@ def scan(
     name: str | None = None,
     config: Mapping[str, Any] | None = None,
     again: bool = False,
+    shard: Shard | None = None,
     preset: Preset | None = None,
     measure: Sequence[str] | None = None,
     steps: int = 40,
@@ -101,6 +60,9 @@ def scan(
     cannot be read, or does not fit, is told, recorded as an event of the run, and tried again next time; the others are
     measured.
 
+    An objective on several ranks (``group="world"``) is measured on all of them together; the first one reads which
+    checkpoints there are, and writes. All ranks make the call, and all return the same.
+
     Args:
         objective: What is measured; its model takes the weights of one checkpoint after the other.
         paths: Files, folders and patterns (``"ckpts/*.pt"``); several in a list.
@@ -110,49 +72,84 @@ def scan(
         name: Of the run; ``"scan of <folder>"`` if not given.
         config: Recorded with the run.
         again: Measure what the run holds already, too.
+        shard: ``(i, n)``: only each n-th step from the i-th on, counted from 0. The shards of 0 to n-1 are everything,
+            each step once, and give the run that one scan gives: in one file, to which all of them may write at once,
+            or in one for each and then :func:`curvdiag.record.merge_runs`.
         preset, measure, steps, probes, tol, seed, hessian: As of :class:`~curvdiag.CurvatureMonitor`.
         progress: Called with how many checkpoints are done, and how many there are to measure.
         tell: Called with one line for each thing that a user should know.
 
     Raises:
-        ArgumentError: Nothing matches, nothing tells the order, or settings make no sense.
+        ArgumentError: Nothing matches, nothing tells the order, settings make no sense, or the weights are sharded.
+        DistributedError: Another rank failed, or a rank is gone.
         LossError: ``measure`` names gradient noise, and the loss gives only a mean.
         MissingExtraError: A checkpoint is of safetensors, and that package is not installed.
         StoreError: The run file cannot be opened or written.
     """
+    ranks = objective.ranks
+    shard = None if shard is None else checked(shard)
+    if objective.sharded:
+        raise ArgumentError(
+            "a scan puts whole checkpoints into the model, and the weights of this one are sharded: make it unsharded "
+            "in the task, with the data shared among the ranks"
+        )
+    ranks.agree(
+        "shards", shard, "all ranks measure each checkpoint together: give the same shard on every rank, or none"
+    )
     settings = Settings(preset, steps, probes, tol, seed, dict(hessian or {}), measure)
     measurer = Measurer(objective, settings)
-    found = find(paths)
-    folder = common_folder(found)
+    with ranks.together("search for checkpoints"):
+        own = planned(paths, at, shard) if ranks.first else None
+    plan = ranks.of_first(own)
+    assert plan is not None
     described = {
         "curvdiag": {**describe_settings(objective, settings), "cadence": "checkpoints"},
-        "checkpoints": {"folder": str(folder), "part": part, "fingerprint": fingerprint(objective)},
+        "checkpoints": {"folder": str(plan.folder), "part": part, "fingerprint": fingerprint(objective)},
     }
-    failed: dict[Path, Failure] = {}
-    line = tell or (lambda text: None)
-    where, kind = placed(found, at, failed)
+    line = tell if tell is not None and ranks.first else lambda text: None
+    advance = progress if progress is not None and ranks.first else lambda done, total: None
     with ExitStack() as stack:
-        file = store if isinstance(store, RunStore) else stack.enter_context(RunStore(store))
-        ledger = Ledger(file, name or f"scan of {folder.name or folder}", config or {}, described)
-        line(f"{ledger.beginning} of {file.path}")
-        if kind:
-            ledger.event(0, "note", kind)
-            line(kind)
+        with ranks.together("opening of the run file"):
+            ledger: Ledger | None = None
+            if ranks.first:
+                file = store if isinstance(store, RunStore) else stack.enter_context(RunStore(store))
+                ledger = Ledger(file, name or f"scan of {plan.folder.name or plan.folder}", config or {}, described)
+                line(f"{ledger.beginning} of {file.path}")
+        where = ranks.of_first(None if ledger is None else (str(ledger.run.store.path), ledger.run.id, ledger.run.name))
         stack.enter_context(weights_kept(objective.model))
-        work = Work(objective, measurer, ledger, part, failed, line)
-        for path, failure in list(failed.items()):
-            work.note_failure(path, failure.reason, where.get(path))
-        held, queue = work.sort(found, where, again)
+        work = Work(objective, measurer, ledger, part, plan, line)
+        held, queue = work.begin(again)
         measured = []
-        if progress is not None:
-            progress(0, len(queue))
+        advance(0, len(queue))
         for done, (path, place) in enumerate(queue, 1):
             if work.measure(path, place):
                 measured.append(place.step)
-            if progress is not None:
-                progress(done, len(queue))
-        order = [failed[path] for path in found if path in failed]
-        return Scan(str(file.path), ledger.run.id, ledger.run.name, tuple(measured), tuple(held), tuple(order))
+            advance(done, len(queue))
+        assert where is not None
+        return Scan(*where, tuple(measured), tuple(held), work.failures(), shard)
+
+
+def planned(paths: Patterns, at: Sequence[int] | None, shard: Shard | None) -> Plan:
+    """What there is to measure, and at which steps.
+
+    Raises:
+        ArgumentError: Nothing matches, or nothing tells the order.
+    """
+    found = find(paths)
+    failed: dict[Path, Failure] = {}
+    where, kind = placed(found, at, failed)
+    mine = found if shard is None else share(found, where, shard)
+    return Plan(
+        folder=common_folder(found),
+        paths=mine,
+        where=where,
+        failed={path: failed[path] for path in mine if path in failed},
+        first=min((place.step for place in where.values()), default=0),
+        kind=kind,
+        idle=""
+        if shard is None or mine
+        else f"shard {shard[0]}/{shard[1]} has none of the {len(found)} checkpoints: nothing to measure",
+    )
 
 
 def placed(
@@ -180,105 +177,3 @@ def placed(
         if path not in where and path not in failed:
             failed[path] = Failure(str(path), f"{path.name} does not tell its step: {REMEDY}")
     return where, kind
-
-
-class Work:
-    """A scan under way: it sorts out what is to be measured, and measures it."""
-
-    def __init__(
-        self,
-        objective: Objective,
-        measurer: Measurer,
-        ledger: Ledger,
-        part: str | None,
-        failed: dict[Path, Failure],
-        tell: Tell,
-    ) -> None:
-        self.objective, self.measurer, self.ledger = objective, measurer, ledger
-        self.part, self.failed, self.tell = part, failed, tell
-
-    def sort(
-        self, found: Sequence[Path], where: Mapping[Path, Place], again: bool
-    ) -> tuple[list[int], list[tuple[Path, Place]]]:
-        """Steps that the run holds, and what is to be measured, by step; one checkpoint for each."""
-        by_step: dict[int, list[Path]] = {}
-        for path in found:
-            if path in where and path not in self.failed:
-                by_step.setdefault(where[path].step, []).append(path)
-        held: list[int] = []
-        queue: list[tuple[Path, Place]] = []
-        for step, several in sorted(by_step.items()):
-            if not again and any(self.ledger.holds(step, path) for path in several):
-                held.append(step)
-                continue
-            chosen = several[0] if len(several) == 1 else self.one_of(several, where)
-            if chosen is None:
-                continue
-            if step in self.ledger.steps and not again:
-                self.tell(f"{chosen.name} is not what step {step} was measured from; it is measured again")
-            queue.append((chosen, where[chosen]))
-        return held, queue
-
-    def one_of(self, several: Sequence[Path], where: Mapping[Path, Place]) -> Path | None:
-        """Of the checkpoints of one step that fit the model the first, if all hold the same weights; else none."""
-        model, fitting = self.objective.model, {}
-        for path in several:
-            try:
-                weights = weights_in(read(path), model, self.part)
-                load(model, weights)
-                fitting[path] = weights
-            except CheckpointError as error:
-                self.note_failure(path, reason(path, error), where[path])
-        if len(fitting) < 2:
-            return next(iter(fitting), None)
-        names, step = " and ".join(path.name for path in fitting), where[several[0]].step
-        first, *others = fitting.values()
-        if not any(differ(first, other, model.state_dict()) for other in others):
-            self.tell(f"{names} are the same weights of step {step}; they are measured once")
-            return next(iter(fitting))
-        why = f"{names} are both of step {step} and differ: narrow the pattern, or scan them apart with --name"
-        for path in fitting:
-            self.failed[path] = Failure(str(path), why)
-        self.note_failure(path, why, where[path])  # of all of them, once
-        return None
-
-    def measure(self, path: Path, place: Place) -> bool:
-        """Load one checkpoint and measure; whether it succeeded.
-
-        Raises:
-            StoreError: The run file cannot be written.
-        """
-        model, first = self.objective.model, not self.ledger.steps
-        try:
-            stamp = stamped(path)  # before it is read: what is written meanwhile is another one
-            contents = read(path)
-            load(model, weights_in(contents, model, self.part))
-            if stamped(path) != stamp:
-                raise CheckpointError("was written anew while it was read")
-            measurement, failures = self.measurer(place.step, place.epoch, contents.scalars)
-        except Exception as error:  # of the user's own model, too; the other checkpoints may do
-            self.note_failure(path, reason(path, error), place)
-            return False
-        errors = [("error", f"{name}: {type(error).__name__}: {error}") for name, error in failures.items()]
-        notes = [("note", note) for note in self.measurer.notes] if first else []
-        self.ledger.measurement(stamp, measurement, [*notes, *errors])
-        for _, message in errors:
-            self.tell(one_line(f"{path.name}, step {place.step}: {message}"))
-        self.ledger.steps.add(place.step)
-        return True
-
-    def note_failure(self, path: Path, why: str, place: Place | None) -> None:
-        self.failed[path] = Failure(str(path), why)
-        self.tell(why)
-        self.ledger.event(0 if place is None else place.step, "error", why)
-
-
-def reason(path: Path, error: Exception) -> str:
-    """Why a checkpoint was not measured, in one line that begins with its name."""
-    if isinstance(error, CheckpointError):
-        return one_line(f"{path.name} {error}")
-    return one_line(f"{path.name}: {type(error).__name__}: {error}")
-
-
-def one_line(text: str) -> str:
-    return " ".join(text.split())

@@ -12,6 +12,7 @@ import typer
 from curvdiag.cli.demo import demo
 from curvdiag.cli.export import export
 from curvdiag.cli.measure import measure
+from curvdiag.cli.merge import merge
 from curvdiag.cli.plot import plot
 from curvdiag.cli.report import report
 from curvdiag.cli.reproduce import Listing, reproduce
@@ -22,7 +23,7 @@ from curvdiag.cli.verify import verify
 from curvdiag.cli.watch import watch
 from curvdiag.errors import CurvdiagError
 
-COMMANDS = (demo, measure, scan, plot, runs, export, report, watch, verify, scaling)
+COMMANDS = (demo, measure, scan, merge, plot, runs, export, report, watch, verify, scaling)
 
 app = typer.Typer(
     name="curvdiag",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
 TASK = re.compile(r".+:[A-Za-z_]\w*")
 INTERRUPTED = 130
+PLACE = "{shard}"
 
 
 def scan(
@@ -46,9 +49,13 @@ def scan(
             "torch, safetensors, Lightning, and folders of Transformers.",
         ),
     ] = None,
-    store: Annotated[Path, typer.Option(metavar="RUN.db", help="The run file that the measurements go to.")] = Path(
-        "run.db"
-    ),
+    store: Annotated[
+        Path,
+        typer.Option(
+            metavar="RUN.db",
+            help="The run file that the measurements go to. With --shard, '{shard}' in its name stands for I.",
+        ),
+    ] = Path("run.db"),
     name: Annotated[
         str | None,
         typer.Option(help="Of the run in the file; 'scan of FOLDER' if not given."),
@@ -59,6 +66,15 @@ def scan(
             metavar="N,N,...",
             help="Training steps of the checkpoints, in the natural order of their names, where neither they nor their "
             "names tell them.",
+        ),
+    ] = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/N|auto",
+            help="Only each N-th checkpoint from the I-th on: I counts from 0, so that sbatch --array=0-15 goes with "
+            "--shard $SLURM_ARRAY_TASK_ID/16. auto takes both from torchrun or from the Slurm array.",
+            show_default=False,
         ),
     ] = None,
     part: Part = None,
@@ -75,32 +91,43 @@ def scan(
 
     It goes on where it stopped. What fails is told in one line each and tried again next time.
 
+    With --shard several processes share the work, into one file, or each into its own; then curvdiag merge.
+
     Exit code: 0 all are measured, 1 some failed, 2 nothing could be done, 130 interrupted.
     """
     from rich.console import Console
 
     from curvdiag.checkpoints import scan as scan_checkpoints
     from curvdiag.checkpoints.find import find
+    from curvdiag.checkpoints.shards import shard_named, wait_for_torchrun
     from curvdiag.cli.task import load_task
 
     task, patterns = sorted_out(arguments, checkpoints or [])
     at = None if steps is None else whole_numbers(steps)
+    chosen = None if shard is None else shard_named(shard, os.environ)
+    store = store_of(chosen, store)
     find(patterns)  # before the task is loaded, which may take long
     check_store(store)
     console = Console(stderr=True)
-    with load_task(task, show_traceback=traceback) as objective, progress_bar(console) as bar:
-        lines = Lines(bar)
+    with ExitStack() as stack:
+        objective = stack.enter_context(load_task(task, show_traceback=traceback))
+        first = objective.ranks.first
+        check_ranks(shard, alone=objective.ranks.alone)
+        lines = Lines(stack.enter_context(progress_bar(console, shown=first)))
         try:
             result = scan_checkpoints(
                 objective, patterns, store, at=at, part=part, name=name, config={"task": task}, again=again,
-                preset=None if preset is None else preset.value, measure=quantities or None, steps=lanczos_steps,
-                probes=probes, tol=tol, seed=seed,
+                shard=chosen, preset=None if preset is None else preset.value, measure=quantities or None,
+                steps=lanczos_steps, probes=probes, tol=tol, seed=seed,
                 progress=lines.progress, tell=lines.tell,
             )  # fmt: skip
         except KeyboardInterrupt:
             console.print("interrupted; what was measured is kept, and the same command goes on", soft_wrap=True)
             raise typer.Exit(INTERRUPTED) from None
-    typer.echo(str(result))
+    if first:
+        typer.echo(str(result))
+    if shard == "auto":
+        wait_for_torchrun(failed=bool(result.failed))
     if result.failed:
         raise typer.Exit(1)
 
@@ -115,6 +142,34 @@ def sorted_out(arguments: Sequence[str], patterns: Sequence[str]) -> tuple[str, 
     if not [*patterns, *given]:
         raise ArgumentError("which checkpoints? Name them, or give a pattern: --checkpoints 'ckpts/*.pt'")
     return task, [*patterns, *given]
+
+
+def store_of(shard: tuple[int, int] | None, store: Path) -> Path:
+    """The run file of a shard: its number in the place of ``{shard}``."""
+    from curvdiag.errors import ArgumentError
+
+    if shard is None and PLACE in str(store):
+        raise ArgumentError(
+            f"{PLACE} in the name of the run file, {store}, stands for the number of a shard: give --shard"
+        )
+    return store if shard is None else Path(str(store).replace(PLACE, str(shard[0])))
+
+
+def check_ranks(shard: str | None, *, alone: bool) -> None:
+    """Refuse processes of torchrun that would all do the same, or would be shards and wait for each other."""
+    from curvdiag.errors import ArgumentError
+
+    world = os.environ.get("WORLD_SIZE", "1")
+    if alone and shard is None and world != "1" and "TORCHELASTIC_RUN_ID" in os.environ:
+        raise ArgumentError(
+            f"each of the {world} processes of torchrun would measure everything: share the checkpoints with --shard "
+            "auto, or the data with group='world' in the Objective of the task"
+        )
+    if not alone and shard == "auto":
+        raise ArgumentError(
+            "the ranks of this task measure each checkpoint together, and cannot be shards of their own: leave --shard "
+            "auto away, or give all of them the same i/n"
+        )
 
 
 def whole_numbers(text: str) -> list[int]:
@@ -164,11 +219,15 @@ def duration(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds))).removeprefix("0:")
 
 
-def progress_bar(console: Console) -> Progress:
+def progress_bar(console: Console, *, shown: bool = True) -> Progress:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     # One measurement may take minutes: the rate is that of all of them, not of the last half minute.
     return Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal, speed_estimate_period=1e9
+        *columns,
+        console=console,
+        transient=True,
+        disable=not (shown and console.is_terminal),
+        speed_estimate_period=1e9,
     )

@@ -20,8 +20,8 @@ from curvdiag.modes import outside_modes
 from curvdiag.objective import Objective
 from curvdiag.operators import Hessian
 from curvdiag.seeds import Seed, resolve_seed
+from curvdiag.space.probes import rademacher
 from curvdiag.spectrum import spectral_density, top_eigenpairs
-from curvdiag.spectrum.probes import rademacher
 
 # Probes between two looks at their spread. Fewer may all give the same number by chance.
 GROUP = 8

@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import datetime
 import functools
+import pickle
 import zlib
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
-from curvdiag.errors import DistributedError, RankLostError
+from curvdiag.errors import DistributedError, RankFailedError, RankLostError
 
 T = TypeVar("T")
+
+LONGEST, WORD = 1 << 16, 8
+"""Bytes of an error that others are told, and those that say how many there are."""
 
 
 class Control:
@@ -36,48 +40,62 @@ class Control:
             make = functools.partial(dist.new_group, timeout=timeout_of(group), use_local_synchronization=True)
             self.group = self.answered(lambda: make(members, backend="gloo"), "making of a group on the CPU")
 
-    def round(self, place: str, error: Exception | None = None, signature: int = 0) -> None:
+    def round(self, place: str, error: Exception | None = None, signature: int = 0, length: int = 0) -> int:
         """Tell the others that this rank has come to ``place``, or what went wrong on the way, and hear of them.
 
         Args:
             signature: What must be the same on all ranks.
+            length: Of something that is told next; the largest of all ranks is returned.
 
         Raises:
-            DistributedError: Another rank failed, is at another place, or has another signature.
+            RankFailedError: Another rank failed.
+            DistributedError: Another rank is at another place, or has another signature.
             RankLostError: A rank is gone.
         """
         at = zlib.crc32(place.encode())
+        words = b"" if error is None else f"{type(error).__name__}: {error}".encode()
         # The largest of x and of -x are those of all ranks where they all have the same.
-        told = torch.tensor([error is not None, at, -at, signature, -signature], dtype=torch.int64)
+        told = torch.tensor([len(words), at, -at, signature, -signature, length], dtype=torch.int64, device="cpu")
         self.answered(lambda: dist.all_reduce(told, dist.ReduceOp.MAX, group=self.group), place)
-        failed, most_at, least_at, most, least = told.tolist()
+        failed, most_at, least_at, most, least, longest = told.tolist()
         if failed:
-            self._explain(place, error)
+            self._explain(place, words, failed)
         elif most_at != -least_at:
             raise DistributedError(
-                f"the ranks are at different places: {_listed(self.gather(place, place))}. Every rank of the group has "
-                "to make the same calls, with the same arguments, in the same order"
+                f"the ranks are at different places: {_listed(self._texts(place, place.encode(), LONGEST))}. Every "
+                "rank of the group has to make the same calls, with the same arguments, in the same order"
             )
         elif most != -least:
             raise DistributedError(
-                f"the ranks disagree in the {place}: the vectors that they multiply are not the same. Give the same "
-                "seed and the same arguments on every rank; ranks on different kinds of processors may round "
-                "differently, and cannot measure together"
+                f"the ranks disagree in the {place}: its vectors or its parameters are not the same on all of them. "
+                "Give the same seed and the same arguments on every rank; ranks on different kinds of processors may "
+                "round differently, and cannot measure together"
             )
+        return int(longest)
 
-    def _explain(self, place: str, error: Exception | None) -> None:
-        words = self.gather(None if error is None else f"{type(error).__name__}: {error}", place)
-        if error is not None:
-            return  # which its own rank raises
-        raise DistributedError(
-            "; ".join(f"rank {i} failed: {text}" for i, text in enumerate(words) if text is not None)
-        )
+    def _explain(self, place: str, words: bytes, longest: int) -> None:
+        texts = self._texts(place, words, min(longest, LONGEST))
+        if not words:  # else its own rank raises it
+            raise RankFailedError("; ".join(f"rank {i} failed: {text}" for i, text in enumerate(texts) if text))
 
-    def gather(self, value: T, place: str) -> list[T]:
-        """The values of all ranks, in their order."""
-        found: list[Any] = [None] * self.count
-        self.answered(lambda: dist.all_gather_object(found, value, group=self.group), place)
-        return found
+    def _texts(self, place: str, words: bytes, room: int) -> list[str]:
+        return [part.decode(errors="replace") for part in self.exchange(words[:room], room, place)]
+
+    def gather(self, value: T, place: str, signature: int = 0) -> list[T]:
+        """The values of all ranks, in their order, after a round of status."""
+        data = pickle.dumps(value)
+        room = self.round(place, signature=signature, length=len(data))
+        return [pickle.loads(part) for part in self.exchange(data, room, place)]
+
+    def exchange(self, data: bytes, room: int, place: str) -> list[bytes]:
+        """What each rank has to say, at most ``room`` bytes."""
+        own = torch.zeros(room + WORD, dtype=torch.uint8, device="cpu")
+        message = len(data).to_bytes(WORD, "little") + data
+        own[: len(message)] = torch.frombuffer(bytearray(message), dtype=torch.uint8)
+        parts = [torch.empty_like(own) for _ in range(self.count)]
+        self.answered(lambda: dist.all_gather(parts, own, group=self.group), place)
+        found = [part.numpy().tobytes() for part in parts]
+        return [one[WORD:][: int.from_bytes(one[:WORD], "little")] for one in found]
 
     def answered(self, collective: Callable[[], T], place: str) -> T:
         """What a collective returns; a rank that does not answer is an error of its own.

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
+import socket
+import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, TypeVar
 
@@ -12,9 +15,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from curvdiag.distributed.control import Control
-from curvdiag.errors import ArgumentError, DistributedError
+from curvdiag.errors import ArgumentError, DistributedError, RankLostError
+
+if dist.is_available():
+    # The defaults of its functions are the world's group as it is when they are first imported. PyTorch's compiler does
+    # that in the middle of a run, and they would then keep the group until the interpreter is taken apart.
+    import torch.distributed.nn.functional
 
 T = TypeVar("T")
+E = TypeVar("E", bound=Exception)
 
 Group: TypeAlias = "dist.ProcessGroup | Literal['world'] | None"
 """None for this process alone, ``"world"`` for all processes of ``torch.distributed``, or a process group."""
@@ -50,6 +59,9 @@ class Ranks:
         self.traffic = Traffic()
         self._control = None if group is None else Control(group)
         self.rank, self.count = (0, 1) if self._control is None else (self._control.rank, self._control.count)
+        self._inside = 0  # how many bodies of together() this rank is in
+        self._told: list[Exception] = []  # errors that all ranks have heard of, while it is in one
+        self._neighbours = 1 if self.alone else 0
 
     @property
     def alone(self) -> bool:
@@ -60,35 +72,54 @@ class Ranks:
         """Whether this is the rank that writes for all."""
         return self.rank == 0
 
+    @property
+    def neighbours(self) -> int:
+        """How many of the ranks share this machine's memory, with this one; a collective where it is first asked."""
+        if not self._neighbours:
+            names = self.gather(socket.gethostname(), "counting of neighbours")
+            self._neighbours = names.count(names[self.rank])
+        return self._neighbours
+
     def sum(self, place: str, function: Callable[[], Tensor], signature: Callable[[], int] | None = None) -> Tensor:
         """The sum over all ranks of the tensors that ``function`` gives on each: one all-reduce.
 
         Args:
             place: What is being done, in words for messages: "product of 3 vectors".
             function: Where it raises on one rank, all of them raise.
-            signature: A number that must be the same on all ranks.
+            signature: A number that must be the same on all ranks, as the shapes must.
 
         Raises:
             DistributedError: Another rank failed, or does something else.
         """
         if self._control is None:
             return function()
-        with self.together(place, signature):
-            own = function().contiguous()
-        self._reduce(own, place)
-        return own
+        found: list[Tensor] = []
+        with self.together(place, lambda: _signature(found[0], 0 if signature is None else signature())):
+            found.append(function().contiguous())
+        self._reduce(found[0], place)
+        return found[0]
 
     def sum_(self, tensor: Tensor, place: str = "sum") -> Tensor:
         """Replace a contiguous ``tensor`` by its sum over all ranks; returns it."""
         if self._control is not None:
-            self._control.round(place)
+            self._meet(place, _signature(tensor))
+            self._reduce(tensor, place)
+        return tensor
+
+    def complete_(self, tensor: Tensor, place: str = "inner products") -> Tensor:
+        """As :meth:`sum_`, for a few numbers within a loop: no round of status that would hurry a GPU's stream."""
+        if self._control is not None:
+            if self._control.group is self.group:  # on which the host waits in any case
+                self._meet(place, _signature(tensor))
             self._reduce(tensor, place)
         return tensor
 
     def first_(self, tensor: Tensor, place: str = "broadcast") -> Tensor:
-        """Replace a contiguous ``tensor`` by that of the first rank; returns it."""
+        """Replace a ``tensor`` by that of the first rank; returns it."""
+        if self._control is not None and not tensor.is_contiguous():
+            return tensor.copy_(self.first_(tensor.contiguous(), place))
         if self._control is not None:
-            self._control.round(place)
+            self._meet(place, _signature(tensor))
             source = dist.get_process_group_ranks(self._group)[0]
             self._control.answered(lambda: dist.broadcast(tensor, source, group=self.group), place)
         return tensor
@@ -97,8 +128,8 @@ class Ranks:
         """The tensors of all ranks one after the other along ``dim``, in which they may differ in length."""
         if self._control is None:
             return tensor
-        lengths = [int(n) for n in self.gather(tensor.shape[dim], place)]
         wide = tensor.movedim(dim, 0)
+        lengths = self._gathered(len(wide), place, _signature(wide[:0]))
         padded = wide.new_zeros(max(lengths), *wide.shape[1:])
         padded[: len(wide)] = wide
         parts = [torch.empty_like(padded) for _ in lengths]
@@ -107,10 +138,7 @@ class Ranks:
 
     def gather(self, value: T, place: str = "gathering") -> list[T]:
         """The values of all ranks, in their order: small ones, which are pickled."""
-        if self._control is None:
-            return [value]
-        self._control.round(place)
-        return self._control.gather(value, place)
+        return [value] if self._control is None else self._gathered(value, place)
 
     def total(self, number: float, place: str = "sum of numbers") -> float:
         """The sum over ranks of a number, the same bits on all of them."""
@@ -133,7 +161,7 @@ class Ranks:
         values = self.gather(value, f"comparison of {what}")
         if any(other != values[0] for other in values):
             told = ", ".join(f"{other} on rank {i}" for i, other in enumerate(values))
-            raise DistributedError(f"the ranks have different {what}: {told}; {remedy}")
+            raise self._known(DistributedError(f"the ranks have different {what}: {told}; {remedy}"))
 
     @contextmanager
     def together(self, place: str, signature: Callable[[], int] | None = None) -> Iterator[None]:
@@ -148,15 +176,51 @@ class Ranks:
         if self._control is None:
             yield
             return
+        self._inside += 1
         try:
             yield
             number = 0 if signature is None else signature()
         except Exception as error:
-            if not isinstance(error, DistributedError) and not getattr(error, "_ranks_know", False):
-                error._ranks_know = True  # type: ignore[attr-defined]
-                self._control.round(place, error)
+            if not self._has_told(error):
+                self._known(error)
+                with suppress(DistributedError):  # its own error says more than that another rank has one as well
+                    self._control.round(place, error)
             raise
-        self._control.round(place, signature=number)
+        else:
+            self._meet(place, number)
+        finally:
+            self._inside -= 1
+            if not self._inside:
+                self._told.clear()
+
+    def _meet(self, place: str, signature: int = 0) -> None:
+        """A round of status by a rank that is well."""
+        assert self._control is not None
+        try:
+            self._control.round(place, signature=signature)
+        except DistributedError as error:
+            self._known(error)
+            raise
+
+    def _gathered(self, value: T, place: str, signature: int = 0) -> list[T]:
+        assert self._control is not None
+        try:
+            return self._control.gather(value, place, signature)
+        except DistributedError as error:
+            self._known(error)
+            raise
+
+    def _known(self, error: E) -> E:
+        """Note that all ranks know of ``error``, which is not to be told again on its way out."""
+        if self._inside:
+            self._told.append(error)
+        return error
+
+    def _has_told(self, error: BaseException | None) -> bool:
+        """Whether all ranks know of an error, or of one that it is made of."""
+        if isinstance(error, RankLostError):  # nobody is left to be told
+            return True
+        return error is not None and (any(error is one for one in self._told) or self._has_told(error.__cause__))
 
     @property
     def _group(self) -> dist.ProcessGroup:
@@ -181,10 +245,26 @@ class Ranks:
         return "alone" if self.alone else f"rank {self.rank} of {self.count}"
 
 
+def _signature(tensor: Tensor, start: int = 0) -> int:
+    """A number that differs where shapes, types or ``start`` do."""
+    return zlib.crc32(repr((tuple(tensor.shape), tensor.dtype, start)).encode())
+
+
 ALONE = Ranks(None)
 """A process that measures by itself."""
 
 _KNOWN: dict[dist.ProcessGroup, Ranks] = {}
+
+
+@atexit.register
+def _let_go() -> None:
+    """Forget all groups while their threads can still be joined, also those of objectives that somebody keeps.
+
+    A gloo group that lives until the interpreter is taken apart aborts the process now and then.
+    """
+    for ranks in _KNOWN.values():
+        ranks.group = ranks._control = None
+    _KNOWN.clear()
 
 
 def ranks_of(group: Group) -> Ranks:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from curvdiag.distributed import ranks_of
 from curvdiag.errors import ArgumentError
 from curvdiag.monitor import CurvatureMonitor, Measurement
 from curvdiag.monitor.training import as_number, was_skipped
@@ -49,7 +50,8 @@ class Session:
         share: Where several processes train together and schedules must choose alike on all of them:
             ``share(measurement)`` gives on every one what the first one passed. The first measures, and the others,
             which have ``measures=False``, wait for it.
-        measures: Whether this process measures, and writes.
+        measures: Whether this process measures, and writes. Where the objective is that of several ranks, all measure
+            together, the first one writes, and neither this nor ``share`` is needed.
 
     Raises:
         ArgumentError: As the monitor's; or ``share`` is given and the cadence reads the clock, so that processes would
@@ -75,10 +77,11 @@ class Session:
         measures: bool = True,
     ) -> None:
         given = dict(arguments or {})
-        if not measures:  # the first process writes for all
+        together = not objective.holders.alone  # then the monitor sees to it
+        if not (measures or together):  # the first process writes for all
             store = None
             given.pop("loggers", None)
-        if share is None:
+        if share is None or together:
             self.monitor = CurvatureMonitor(objective, store, **given)
         else:
             self.monitor = SharedMonitor(objective, store, share=share, measures=measures, **given)
@@ -228,10 +231,48 @@ def require_trained(objective: Objective, model: nn.Module) -> None:
         )
 
 
-def refuse_shards(strategy: str) -> NoReturn:
+def made_on_all(make: Callable[[], Objective], *, first: bool, needed: bool) -> tuple[Objective | None, bool]:
+    """What ``make`` gives on each of the processes that train together, and whether they measure together.
+
+    Where the first one's objective is of that process alone, that of another may be missing, unless it is needed.
+
+    Args:
+        make: Makes the objective, or raises.
+        first: Whether this is the first process.
+        needed: Whether each process needs one of its own.
+
+    Raises:
+        Exception: What ``make`` raised.
+        ArgumentError, DistributedError: They measure together, and not all of them do; or it failed on another one.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return make() if first or needed else None, False
+    everybody, made, failure = ranks_of("world"), None, None
+    try:
+        with everybody.together("making of the objective"):
+            made = make()
+    except Exception as error:
+        failure = error
+    kinds = everybody.gather(None if made is None else made.holders.count, "comparison of objectives")
+    together = kinds[0] is not None and kinds[0] > 1
+    if failure is not None and (kinds[0] is None or together or needed):
+        raise failure
+    if together and set(kinds) != {everybody.count}:
+        listed = ", ".join(f"{kind} on process {i}" for i, kind in enumerate(kinds))
+        raise ArgumentError(
+            f"the objective is that of {listed}, and {everybody.count} train: give "
+            'Objective(..., group="world") on every one of them'
+        )
+    return made, together
+
+
+def refuse_shards(strategy: str, *, with_function: bool = False) -> NoReturn:
+    way = ""
+    if with_function:
+        way = 'give objective= a function that makes one of all processes, Objective(..., group="world"); or '
     raise ArgumentError(
-        f"CurvatureCallback cannot measure under {strategy}, which gives each process a part of the weights only: use "
-        "one device or DDP, or measure the checkpoints afterwards"
+        f"CurvatureCallback cannot measure under {strategy}, which gives each process a part of the weights only: {way}"
+        "use one device or DDP, or measure the checkpoints afterwards"
     )
 
 

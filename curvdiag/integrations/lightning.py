@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, ClassVar, TypeAlias
 
 from torch import Tensor, nn
@@ -18,10 +18,12 @@ from curvdiag.integrations.common import (
     Store,
     groups_of,
     made_by,
+    made_on_all,
     refuse_shards,
     require_trained,
 )
 from curvdiag.integrations.lightning_bases import remade, with_bases
+from curvdiag.integrations.lightning_trainer import batches_that_stepped, optimizer_to_follow, synchronizes
 from curvdiag.integrations.training_step import training_step_objective
 from curvdiag.monitor import CurvatureMonitor
 from curvdiag.objective import Objective
@@ -31,7 +33,9 @@ from curvdiag.schedules import PScheduler
 MakeObjective: TypeAlias = Callable[[Any, Any], Objective]
 """``objective(pl_module, trainer)``, called when the training begins, with the module on its device."""
 
-SHARDED = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy", "XLAFSDPStrategy")
+SHARDED = ("FSDPStrategy", "DeepSpeedStrategy", "XLAFSDPStrategy")
+SHARDED_BY_MODULE = "ModelParallelStrategy"
+"""Whose modules call ``fully_shard`` themselves, in ``configure_model``."""
 
 
 class CurvatureCallback:
@@ -56,18 +60,23 @@ class CurvatureCallback:
         CurvatureCallback(lambda module, trainer: Objective(module.net, nn.CrossEntropyLoss(), probe_batch))
 
     Any strategy on one device, and DDP: the first process measures and writes, the others wait for it at their next
-    exchange of gradients, up to the timeout of the process group. ``fast_dev_run`` writes no file, as Lightning then
-    writes no logs.
+    exchange of gradients, up to the timeout of the process group. With an objective of all of them they measure
+    together, each its share of the samples, and every process has the numbers and the metrics::
+
+        CurvatureCallback(lambda module, trainer: Objective(module.net, criterion, own_probes, group="world"))
+
+    So they do under ``ModelParallelStrategy`` with ``fully_shard``; other strategies that shard weights are refused.
+    ``fast_dev_run`` writes no file, as Lightning then writes no logs.
 
     Args:
         objective: What is measured; or ``objective(pl_module, trainer)``, which makes it, called when the training
-            begins, with the module on its device; or None for the loss of ``training_step``.
+            begins on every process, with the module on its device; or None for the loss of ``training_step``.
         store: Path of the run file, an open RunStore, or None to keep measurements in memory only.
         schedules: ``schedules(optimizer, monitor)`` gives a schedule of curvdiag, of ``p`` or of the learning rate, or
             a list of them, with ``step()`` without arguments. They are stepped after each optimizer step, after the
             measurement, by this callback: do not return them from ``configure_optimizers``. What they choose is
-            recorded into the run. With DDP the objective is made on every process, with the same batches, since a
-            schedule may measure by itself.
+            recorded into the run. With DDP, and an objective of each process alone, give it the same batches on all,
+            since a schedule may measure by itself.
         log: Send numbers to the trainer's loggers and metrics.
         batches: Batches of the training's loader that the loss of ``training_step`` is measured on.
         optimizer: Number of the optimizer whose steps count, where there are several; by default the one with most
@@ -121,6 +130,10 @@ class CurvatureCallback:
         return None if self._session is None else self._session.monitor
 
     @property
+    def _together(self) -> bool:
+        return self.monitor is not None and not self.monitor.ranks.alone
+
+    @property
     def schedules(self) -> list[Any]:
         return [] if self._session is None else list(self._session.schedules)
 
@@ -130,8 +143,9 @@ class CurvatureCallback:
         if stage != "fit":
             return
         for kind in type(trainer.strategy).__mro__:
-            if kind.__name__ in SHARDED:
-                refuse_shards(type(trainer.strategy).__name__)
+            own = isinstance(self._objective, Objective) or self._objective is None
+            if kind.__name__ in SHARDED or (kind.__name__ == SHARDED_BY_MODULE and own):
+                refuse_shards(type(trainer.strategy).__name__, with_function=kind.__name__ == SHARDED_BY_MODULE)
         self._state, self._resumed = None, {}
         if self._session is not None and trainer.global_step > 0:  # fit goes on, with new optimizers, as Lightning does
             self._state, self._resumed = {"monitor": self._session.monitor.state_dict()}, self._metrics
@@ -144,12 +158,10 @@ class CurvatureCallback:
         self.close()
         self._session, self._losses, self._mute, self._metrics = None, [], set(), {}
         several, failure = trainer.world_size > 1, None
-        together = several and self._schedules is not None
         try:
-            if trainer.is_global_zero or together:
-                with random_states():  # a function of the user's may draw
-                    self._session = self._begun(trainer, pl_module, together)
-                self._warn_of_two_rates(trainer)
+            with random_states():  # a function of the user's may draw
+                self._session = self._begun(trainer, pl_module)
+            self._warn_of_two_rates(trainer)
         except Exception as error:
             failure = error
         well = failure is None
@@ -160,9 +172,30 @@ class CurvatureCallback:
         if not well:
             raise CurvdiagError("another process could not begin to measure, and its own error says why")
 
-    def _begun(self, trainer: Any, module: Any, together: bool) -> Session | None:
-        objective = self._made(module, trainer, shared=together)
-        number = self._number(trainer.optimizers, objective)
+    def _made_here(self, module: Any, trainer: Any) -> tuple[Objective | None, Callable[[Any], Any] | None]:
+        """What this process measures, if anything, and how schedules on several processes get what one measured."""
+        scheduled, first = self._schedules is not None, bool(trainer.is_global_zero)
+        if trainer.world_size == 1:
+            return self._made(module, trainer, shared=False), None
+
+        def share(value: Any) -> Any:
+            return trainer.strategy.broadcast(value, src=0)
+
+        if self._objective is None:
+            made = self._made(module, trainer, shared=scheduled) if first or scheduled else None
+            return made, share if scheduled else None
+
+        def make() -> Objective:
+            return self._made(module, trainer, shared=scheduled)
+
+        made, together = made_on_all(make, first=first, needed=scheduled)
+        return made if first or scheduled or together else None, share if scheduled else None
+
+    def _begun(self, trainer: Any, module: Any) -> Session | None:
+        objective, share = self._made_here(module, trainer)
+        if objective is None:
+            return None
+        number = optimizer_to_follow(trainer.optimizers, objective, self._optimizer)
         if number is None:
             message = "there is no optimizer whose steps could be followed, and nothing is measured"
             warnings.warn(message, CurvdiagWarning, stacklevel=3)
@@ -180,8 +213,8 @@ class CurvatureCallback:
             arguments=arguments,
             begun_with=self._begun_with[number] if number < len(self._begun_with) else None,
             state=self._state,
-            steps_done=_batches_that_stepped(trainer),
-            share=(lambda measurement: trainer.strategy.broadcast(measurement, src=0)) if together else None,
+            steps_done=batches_that_stepped(trainer),
+            share=share,
             measures=trainer.is_global_zero,
         )
 
@@ -204,26 +237,11 @@ class CurvatureCallback:
         else:
             seed = int(self._arguments.get("seed", 0))
             made = training_step_objective(module, trainer, batches=self._batches, seed=seed, shared=shared)
-        if trainer.world_size > 1 and made.mode == "train" and _synchronizes(made.model):
+        if trainer.world_size > 1 and made.mode == "train" and synchronizes(made.model):
             raise ArgumentError(
                 "SyncBatchNorm in mode='train' waits for all processes, and only one of them measures: use mode='eval'"
             )
         return made
-
-    def _number(self, optimizers: Sequence[Optimizer], objective: Objective) -> int | None:
-        """Which optimizer to follow; None where there is none."""
-        if self._optimizer is not None:
-            if not 0 <= self._optimizer < len(optimizers):
-                raise ArgumentError(f"optimizer={self._optimizer}, and the module has {len(optimizers)} optimizers")
-            return self._optimizer
-        wanted = dict(objective.model.named_parameters(remove_duplicate=False))
-        chosen = {id(wanted[name]): wanted[name].numel() for name in objective.parameters.names}
-        held = [
-            sum(chosen.get(id(parameter), 0) for group in optimizer.param_groups for parameter in group["params"])
-            for optimizer in optimizers
-        ]
-        real = [index for index, optimizer in enumerate(optimizers) if optimizer.param_groups]
-        return max(real, key=lambda index: held[index], default=None)
 
     # While it goes on
 
@@ -256,7 +274,8 @@ class CurvatureCallback:
         numbers = {**self._resumed, **self._tell(trainer)}
         self._resumed = {}
         self._metrics.update(numbers)
-        if numbers and trainer.world_size == 1:  # other processes have no such metric, and would wait for it
+        # Where one process measures alone the others have no such metric, and would wait for it.
+        if numbers and (trainer.world_size == 1 or self._together):
             pl_module.log_dict(numbers, logger=False, on_step=True, on_epoch=False)
 
     def _tell(self, trainer: Any) -> dict[str, float]:
@@ -268,8 +287,8 @@ class CurvatureCallback:
             told.update((key, value) for key, value in numbers.items() if key != "train/loss")  # the user logs that
         if not told or not self._log:
             return {}
-        step = _batches_that_stepped(trainer) + 1  # the trainer counts this batch later
-        for logger in trainer.loggers:
+        step = batches_that_stepped(trainer) + 1  # the trainer counts this batch later
+        for logger in trainer.loggers if trainer.is_global_zero else ():
             if id(logger) in self._mute:
                 continue
             try:
@@ -321,12 +340,3 @@ class CurvatureCallback:
             (getattr(self, "given_as", type(self)),),
             {**state, "_session": None, "_losses": [], "_mute": set(), "_metrics": {}, "_resumed": {}},
         )
-
-
-def _batches_that_stepped(trainer: Any) -> int:
-    """The step axis of the trainer's loggers."""
-    return int(getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", trainer.global_step))
-
-
-def _synchronizes(model: nn.Module) -> bool:
-    return any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())

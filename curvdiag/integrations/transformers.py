@@ -13,10 +13,19 @@ from torch.utils.data import DataLoader, Dataset
 
 from curvdiag.errors import ArgumentError, CurvdiagWarning
 from curvdiag.extras import require
-from curvdiag.integrations.common import Groups, Schedules, Store, groups_of, made_by, refuse_shards, require_trained
+from curvdiag.integrations.common import (
+    Groups,
+    Schedules,
+    Store,
+    groups_of,
+    made_by,
+    made_on_all,
+    refuse_shards,
+    require_trained,
+)
 from curvdiag.integrations.trainer_reports import reporters
 from curvdiag.integrations.trainer_session import TrainerSession, inner_optimizer, packed, unpacked
-from curvdiag.monitor import CurvatureMonitor, Measurement
+from curvdiag.monitor import CurvatureMonitor
 from curvdiag.objective import Objective
 
 MakeObjective: TypeAlias = Callable[[Any, Any], Objective]
@@ -47,14 +56,15 @@ class CurvatureCallback(callbacks.TrainerCallback, callbacks.ExportableState):
 
         CurvatureCallback(lambda model, args: Objective.from_huggingface(model, batches, params="*.mlp.*"))
 
-    One process measures and writes; with DDP the others wait for it. The Trainer tells nobody of an error in the
-    training: the run file, in which everything measured is safe, is closed with the next training, with the callback,
-    at the end of the program, or by :meth:`close`.
+    One process measures and writes; with DDP the others wait for it. With an objective of all of them, which a function
+    makes with ``group="world"``, they measure together, each its share of the samples. The Trainer tells nobody of an
+    error in the training: the run file, in which everything measured is safe, is closed with the next training, with
+    the callback, at the end of the program, or by :meth:`close`.
 
     Args:
         objective: What is measured: batches as a collator yields them, or a small dataset of samples, which the
             Trainer's own collator puts together; an :class:`~curvdiag.Objective`; or ``objective(model, args)``, which
-            makes it, called when the training begins.
+            makes it, called when the training begins, on every process.
         store: Path of the run file, an open RunStore, or None to keep measurements in memory only.
         schedules: ``schedules(optimizer, monitor)`` gives a schedule of curvdiag, of ``p`` or of the learning rate, or
             a list of them. They are stepped after each optimizer step and after the Trainer's own schedule. One of the
@@ -123,14 +133,14 @@ class CurvatureCallback(callbacks.TrainerCallback, callbacks.ExportableState):
         # Several callbacks of this kind share one place in the checkpoint.
         self._place = vars(state).get("_curvdiag_callbacks", 0)
         vars(state)["_curvdiag_callbacks"] = self._place + 1
-        together = args.world_size > 1 and self._schedules is not None
-        if not (state.is_world_process_zero or together):
+        objective, share = self._made_here(model, args, state, others.get("train_dataloader"))
+        if objective is None:
             return
         kept = self._kept(state) if state.global_step > 0 else None
         inner = inner_optimizer(optimizer)
         self._begun_with = groups_of(inner) if kept is None else kept["begun_with"]
         self._session = TrainerSession(
-            self._made(model, args, others.get("train_dataloader")),
+            objective,
             inner,
             self._store if state.is_world_process_zero else None,
             schedules=self._schedules,
@@ -138,24 +148,41 @@ class CurvatureCallback(callbacks.TrainerCallback, callbacks.ExportableState):
             begun_with=None if kept is None else self._begun_with,
             state=None if kept is None else kept["session"],
             steps_done=state.global_step,
-            share=_from_first if together else None,
+            share=share,
             measures=state.is_world_process_zero,
         )
         self._closing = weakref.finalize(self, self._session.close)
         # The Trainer's saving wants an entry, and a checkpoint of a training without this callback has none.
         state.stateful_callbacks.setdefault(type(self).__name__, [])
 
+    def _made_here(
+        self, model: Any, args: Any, state: Any, loader: Any
+    ) -> tuple[Objective | None, Callable[[Any], Any] | None]:
+        """What this process measures, if anything, and how schedules on several processes get what one measured."""
+        scheduled, first = self._schedules is not None, bool(state.is_world_process_zero)
+        if args.world_size == 1:
+            return self._made(model, args, loader), None
+        share = _from_first if scheduled else None
+        if not (isinstance(self._objective, Objective) or _makes_objective(self._objective)):
+            return self._made(model, args, loader) if first or scheduled else None, share
+
+        def make() -> Objective:
+            return self._made(model, args, loader)
+
+        made, together = made_on_all(make, first=first, needed=scheduled)
+        return made if first or scheduled or together else None, share
+
     def _made(self, model: Any, args: Any, loader: Any) -> Objective:
         given = self._objective
         if isinstance(given, Objective):
             require_trained(given, model)
             return given
-        if callable(given) and not isinstance(given, Dataset | DataLoader):
+        if _makes_objective(given):
             return made_by(given, model, args)
-        batches = given
+        batches: Any = given
         if _holds_samples(given):
             collate = getattr(loader, "collate_fn", None)
-            batches = DataLoader(given, batch_size=args.per_device_eval_batch_size, collate_fn=collate)
+            batches = DataLoader(batches, batch_size=args.per_device_eval_batch_size, collate_fn=collate)
         several = getattr(getattr(model, "config", None), "problem_type", "") == "multi_label_classification"
         smoothing = 0.0 if several else args.label_smoothing_factor  # the Trainer does not smooth several labels
         return Objective.from_huggingface(model, batches, label_smoothing=smoothing)
@@ -247,6 +274,10 @@ def _epoch_after_step(args: Any, state: Any, loader: Any) -> float:
     return float(whole + min((done + 1) * accumulated, batches) / batches)
 
 
+def _makes_objective(given: Any) -> bool:
+    return callable(given) and not isinstance(given, Dataset | DataLoader)
+
+
 def _holds_samples(data: Any) -> bool:
     """Whether these are samples still to be collated, and not batches."""
     if isinstance(data, Mapping | DataLoader):
@@ -260,9 +291,9 @@ def _holds_samples(data: Any) -> bool:
     return not isinstance(told, torch.Tensor) or told.ndim < (2 if "input_ids" in first else 1)
 
 
-def _from_first(measurement: Measurement | None) -> Measurement | None:
+def _from_first(value: Any) -> Any:
     """On every process what the first one gives."""
-    box = [measurement]
+    box = [value]
     torch.distributed.broadcast_object_list(box, src=0)
     return box[0]
 

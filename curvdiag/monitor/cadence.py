@@ -1,7 +1,9 @@
 """When to measure.
 
 A cadence is any function ``step -> bool``. One that also has ``observe`` is told what time went where, and one
-that also has ``state_dict`` and ``load_state_dict`` continues after a restart.
+that also has ``state_dict`` and ``load_state_dict`` continues after a restart. On several ranks that measure together
+one that has ``observe`` is asked on the first rank, which tells the others: at each step, or where it also has
+``seconds_left()``, at few of them.
 """
 
 from __future__ import annotations
@@ -80,6 +82,12 @@ class OverheadBudget:
         since = self.elapsed - self.ended + self.expected
         in_all = self.measuring + self.expected <= self.fraction * (self.elapsed + self.expected)
         return in_all and self.expected <= 2 * self.fraction * since
+
+    def seconds_left(self) -> float:
+        """Seconds of training until the next measurement may be due; zero where it is due."""
+        in_all = (self.measuring + self.expected) / self.fraction - self.expected - self.elapsed
+        since = self.expected / (2 * self.fraction) - self.expected - (self.elapsed - self.ended)
+        return max(0.0, in_all, since) if self.expected else 0.0
 
     def observe(self, *, elapsed: float, measuring: float, last: float) -> None:
         """Learn how long the run has lasted, how much of it went into measuring, and what the last one took.

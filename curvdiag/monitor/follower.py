@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from curvdiag.distributed import ALONE, Ranks
 from curvdiag.errors import ArgumentError
+from curvdiag.monitor.agreement import require_agreement
 from curvdiag.monitor.cadence import Cadence
 from curvdiag.monitor.clock import Clock
+from curvdiag.monitor.decision import Decision
 from curvdiag.monitor.training import as_number, was_skipped
 
 if TYPE_CHECKING:
@@ -25,25 +28,49 @@ class Follower(abc.ABC):
     Args:
         cadence: When to measure.
         steps_per_epoch: To know epochs without calls of :meth:`epoch`.
+        ranks: Those that follow the same training and measure together.
 
     Attributes:
         steps_done: Optimizer steps counted so far.
         clock: Seconds of the run, and of its measurements.
+        ranks: As given.
     """
 
-    def __init__(self, cadence: Cadence, steps_per_epoch: float | None) -> None:
-        self.cadence, self.steps_per_epoch = cadence, steps_per_epoch
+    def __init__(self, cadence: Cadence, steps_per_epoch: float | None, ranks: Ranks = ALONE) -> None:
+        self.steps_per_epoch, self.ranks = steps_per_epoch, ranks
         self.steps_done = 0
         self.clock = Clock()
+        self._decision = Decision(cadence, self.clock, ranks)
+        self._agreed = False
         self._optimizer: Optimizer | None = None
         self._hook: Any = None
         self._epoch: float | None = None
         self._loss: float | Tensor | None = None
         self._loss_step = 0
 
+    @property
+    def cadence(self) -> Cadence:
+        """When to measure; another one may take its place, on all ranks at the same step."""
+        return self._decision.cadence
+
+    @cadence.setter
+    def cadence(self, cadence: Cadence) -> None:
+        self._decision.cadence = cadence
+        self._decision.renew()
+
     @abc.abstractmethod
     def measure(self) -> Measurement | None:
         """Measure now, whatever the cadence says."""
+
+    @abc.abstractmethod
+    def _in_common(self) -> dict[str, str]:
+        """What must be the same on all ranks, in words by name."""
+
+    def _agree(self) -> None:
+        """Compare with the other ranks, once: at the first step, or at a measurement before it."""
+        if not self._agreed and not self.ranks.alone:
+            require_agreement(self.ranks, self._in_common())
+        self._agreed = True
 
     def attach(self, optimizer: Optimizer) -> Self:
         """Count the steps of ``optimizer``, and measure after those that the cadence chooses."""
@@ -73,10 +100,8 @@ class Follower(abc.ABC):
         self.steps_done += 1
         if loss is not None:
             self.observe_loss(loss)
-        observe = getattr(self.cadence, "observe", None)
-        if observe is not None:
-            observe(elapsed=self.clock.elapsed, measuring=self.clock.measuring, last=self.clock.last)
-        return self.measure() if self.cadence(self.steps_done) else None
+        self._agree()
+        return self.measure() if self._decision.due(self.steps_done) else None
 
     def epoch(self, number: float) -> None:
         """Say which epoch the training is in; recorded with the measurements that follow."""
@@ -95,7 +120,7 @@ class Follower(abc.ABC):
         Then a second run, or one resumed from a checkpoint, may measure at other steps, and what reads the
         measurements goes another way.
         """
-        return getattr(self.cadence, "observe", None) is not None
+        return self._decision.reads_clock
 
     def _present_epoch(self) -> float | None:
         return self.steps_done / self.steps_per_epoch if self.steps_per_epoch else self._epoch

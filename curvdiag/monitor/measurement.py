@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
 
-from curvdiag.errors import ArgumentError
+from curvdiag.errors import ArgumentError, out_of_step
 from curvdiag.monitor.quantities import QUANTITIES, Scalars, Workbench
 from curvdiag.monitor.settings import Settings
 from curvdiag.monitor.warm import WarmStarts
@@ -76,11 +76,13 @@ def measure(
 ) -> Found:
     """Measure the quantities of the settings; one that fails does not take the others with it.
 
-    The ``optimizer`` is that of the training, for what depends on its steps; ``warm`` is what earlier measurements left
-    for this one, and takes what it leaves for the next.
+    On several ranks one that fails on any of them is given up on all, and the next one goes on. The ``optimizer`` is
+    that of the training, for what depends on its steps; ``warm`` is what earlier measurements left for this one, and
+    takes what it leaves for the next.
 
     Raises:
         Exception: With ``strict`` the first failure; without it the first where nothing succeeded.
+        DistributedError: Ranks are gone, or disagree.
     """
     obstacle = settings.obstacle(objective)
     if obstacle is not None and settings.preset is None:
@@ -91,9 +93,9 @@ def measure(
     failures: dict[str, Exception] = {}
     for name in names:
         try:
-            QUANTITIES[name](work)
+            _attempt(name, work)
         except Exception as error:
-            if strict:
+            if strict or out_of_step(error):
                 raise
             failures[name] = error.with_traceback(None)  # whose frames would hold on to the graphs
     if len(failures) == len(names):
@@ -101,3 +103,17 @@ def measure(
     if unreached:
         work.notes.append(f"the loss does not reach {', '.join(unreached)}: their rows are zero")
     return Found(work.scalars, work.densities, work.notes, work.matvecs, failures)
+
+
+def _attempt(name: str, work: Workbench) -> None:
+    """Measure one quantity, on all ranks or on none of them."""
+    if work.objective.holders.alone:
+        QUANTITIES[name](work)
+        return
+    before = work.content()
+    try:
+        with work.objective.holders.together(f"measurement of {name}"):
+            QUANTITIES[name](work)
+    except Exception:
+        work.restore(before)  # one rank may have come further than another
+        raise

@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-import logging
+import dataclasses
 import os
-import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
-import torch
 from torch.optim import Optimizer
 
-from curvdiag.errors import ArgumentError, CurvdiagWarning
+from curvdiag.errors import ArgumentError, out_of_step
+from curvdiag.monitor.agreement import in_common
 from curvdiag.monitor.cadence import Cadence, Every, LogSpaced, OverheadBudget
+from curvdiag.monitor.complaints import Complaints
 from curvdiag.monitor.description import describe
 from curvdiag.monitor.follower import Follower
 from curvdiag.monitor.loggers import Logger, Loggers
-from curvdiag.monitor.measurement import Measurement, measure
-from curvdiag.monitor.price import Price
+from curvdiag.monitor.measurement import Measurement
 from curvdiag.monitor.recorder import Recorder
 from curvdiag.monitor.scaling import require_scaling
-from curvdiag.monitor.settings import Preset, Settings
+from curvdiag.monitor.settings import Preset, Settings, products_of
+from curvdiag.monitor.survey import Survey
 from curvdiag.monitor.training import numbers_in, optimizer_scalars, synchronize
 from curvdiag.monitor.warm import WarmStarts
 from curvdiag.objective import Objective
 from curvdiag.record import Run, RunStore
-
-log = logging.getLogger(__name__)
 
 
 class CurvatureMonitor(Follower):
@@ -41,6 +38,13 @@ class CurvatureMonitor(Follower):
     Training ends with the same bits as without the monitor. A measurement that fails, or a quantity of it, is recorded
     and warned about once, and training goes on. Forward hooks of the model run during measurements too, since layers
     may need them.
+
+    Where the objective is that of several ranks (``group=``), make and attach the monitor on all of them: they measure
+    together, at the same steps, and hold the same numbers, those of the first rank, which alone writes, tells loggers
+    and warns. Times, losses and rates are the first rank's. What fails on one rank is given up on all, and recorded
+    with the rank's name; ranks that are gone, or that were given different things, raise a
+    :class:`~curvdiag.errors.DistributedError`, since no training should go on with them. Of sharded weights
+    products are finite differences, and what needs whole weights is left out.
 
     ============================================  =================================================================
     key                                           what
@@ -104,6 +108,7 @@ class CurvatureMonitor(Follower):
     Raises:
         ArgumentError: Arguments that mean nothing, or ``preset`` and ``measure`` together.
         LossError: ``measure`` names gradient noise, and the loss gives only a mean, or BatchNorm couples the samples.
+        DistributedError: It could not be made on another rank.
 
     Attributes:
         steps_done: Optimizer steps counted so far.
@@ -132,27 +137,32 @@ class CurvatureMonitor(Follower):
         warm: bool = True,
         loggers: Sequence[Logger | Callable[[int, dict[str, float]], object]] = (),
     ) -> None:
-        if every is not None and cadence is not None:
-            raise ArgumentError("give every= or cadence=, not both")
-        if cadence is not None and not callable(cadence):
-            raise ArgumentError(f"cadence= is a function of the step, not {cadence!r}; every={cadence!r} for a number")
         default = OverheadBudget(0.1) if every is None else Every(every)
-        super().__init__(default if cadence is None else cadence, steps_per_epoch)
-        self.objective = objective
-        self.settings = Settings(preset, steps, probes, tol, seed, dict(hessian or {}), measure)
-        obstacle = self.settings.obstacle(objective)
-        if obstacle is not None and measure is not None:
-            raise obstacle
-        self.strict = strict
-        self.history: list[Measurement] = []
-        self.recorded: list[tuple[int, dict[str, float]]] = []
-        self._price = Price(objective, self.clock)
-        self._warm = WarmStarts(warm)
-        self._config = dict(config or {})
-        self._warned: set[str] = set()
-        self._recorder = Recorder(store, name, self._description, strict=strict, warn=self._warn)
-        self._loggers = Loggers(loggers, self.clock, self._introduction, self._logger_failed, strict=strict)
-        self._closed = False
+        super().__init__(default if cadence is None else cadence, steps_per_epoch, objective.holders)
+        with self.ranks.together("making of a monitor"):
+            if every is not None and cadence is not None:
+                raise ArgumentError("give every= or cadence=, not both")
+            if not callable(self.cadence):
+                raise ArgumentError(
+                    f"cadence= is a function of the step, not {cadence!r}; every={cadence!r} for a number"
+                )
+            self.objective = objective
+            chosen, notes = products_of(objective, hessian)
+            self.settings = Settings(preset, steps, probes, tol, seed, chosen, measure)
+            obstacle = self.settings.obstacle(objective)
+            if obstacle is not None and measure is not None:
+                raise obstacle
+            self.strict = strict
+            self.history: list[Measurement] = []
+            self.recorded: list[tuple[int, dict[str, float]]] = []
+            self._survey = Survey(objective, self.settings, self.clock, notes, strict=strict, warm=warm)
+            self._config = dict(config or {})
+            self._complaints = Complaints(self.ranks, self.event)
+            if not self.ranks.first:  # which writes for all
+                store, loggers = None, ()
+            self._recorder = Recorder(store, name, self._description, strict=strict, warn=self._complaints.warn)
+            self._loggers = Loggers(loggers, self.clock, self._introduction, self._logger_failed, strict=strict)
+            self._closed = False
 
     def attach(self, optimizer: Optimizer) -> Self:
         """Count the steps of ``optimizer``, and measure after those that the cadence chooses.
@@ -172,63 +182,60 @@ class CurvatureMonitor(Follower):
 
         Raises:
             CurvdiagError: With ``strict=True``, whatever went wrong.
+            DistributedError: Ranks are gone, or were given different things.
         """
-        measurement: Measurement | None = None
+        self._agree()
         synchronize(self.objective.device)  # what training has queued is not the measurement's time
+        with self.ranks.together(f"report at step {self.steps_done}"):
+            measurement = self._attempt()
+            if measurement is not None:
+                self.history.append(measurement)
+                self._loggers.log(measurement)
+                self._warn_of_price()
+        return measurement
+
+    def _attempt(self) -> Measurement | None:
         with self.clock.measuring_time():
             try:
-                measurement = self._measure()
+                with self.ranks.together(f"measurement at step {self.steps_done}"):
+                    return self._measure()
             except BaseException as error:
-                self._warm.forget()
-                if self.strict or not isinstance(error, Exception):
+                self._survey.warm.forget()
+                if self.strict or not isinstance(error, Exception) or out_of_step(error):
                     raise
-                self._failed("measurement", error)
-        if measurement is not None:
-            self.history.append(measurement)
-            self._loggers.log(measurement)
-            self._warn_of_price()
-        return measurement
+                self._complaints.failed("measurement", self.steps_done, error)
+        return None
 
     def measure_cold(self) -> None:
         """From now on start each search from the same random vector, so that equal weights give equal numbers."""
-        self._warm = WarmStarts(enabled=False)
+        self._survey.warm = WarmStarts(enabled=False)
 
     def _measure(self) -> Measurement:
-        started, gradient = time.perf_counter(), self._price.gradient_seconds
-        # The autocast of the training would also round the vectors of Lanczos.
-        with torch.inference_mode(False), torch.autocast(self.objective.device.type, enabled=False):
-            found = measure(
-                self.objective, self.settings, strict=self.strict, optimizer=self._optimizer, warm=self._warm
-            )
-        synchronize(self.objective.device)
-        seconds = time.perf_counter() - started
-        scalars, notes = found.scalars, found.notes
-        scalars["curv/cost/seconds"] = seconds
-        scalars["curv/cost/gradients"] = seconds / gradient
-        scalars["curv/cost/matvecs"] = float(found.matvecs)
-        scalars["curv/overhead"] = (self.clock.measuring + seconds) / max(self.clock.elapsed, seconds)
+        found, seconds = self._survey.take(self.objective, self._optimizer, first=not self.history)
         if self._optimizer is not None:
-            scalars.update(optimizer_scalars(self._optimizer))
+            found.scalars.update(optimizer_scalars(self._optimizer))
         if (loss := self._present_loss()) is not None:
-            scalars["train/loss"] = loss
-        if not self.history:
-            notes += self.objective.notes
-            if (obstacle := self.settings.obstacle(self.objective)) is not None:
-                notes.append(f"left out: {obstacle}")
-            notes.append(f"a measurement takes {seconds:.3g} s, as much as {seconds / gradient:.0f} gradients")
-            log.info("the first %s", notes[-1].removeprefix("a "))
-        epoch = self._present_epoch()
-        measurement = Measurement(self.steps_done, epoch, scalars, found.densities, seconds, tuple(notes))
+            found.scalars["train/loss"] = loss
+        step, notes = self.steps_done, tuple(found.notes)
+        measurement = Measurement(step, self._present_epoch(), found.scalars, found.densities, seconds, notes)
         self._recorder.measurement(measurement)
         for name, error in found.failures.items():
-            self._failed(f"measurement of {name}", error)
-        return measurement
+            self._complaints.failed(f"measurement of {name}", step, error)
+        return measurement if self.ranks.alone else self._as_first(measurement)
+
+    def _as_first(self, measurement: Measurement) -> Measurement:
+        """The first rank's numbers and words on all ranks; densities, which are large, are each rank's own."""
+        numbers = dataclasses.replace(measurement, densities={}) if self.ranks.first else None
+        told, run = self.ranks.of_first((numbers, self._recorder.named), "what was measured")
+        self._recorder.named = run
+        assert told is not None
+        return dataclasses.replace(told, densities=measurement.densities)
 
     def _warn_of_price(self) -> None:
-        complaint = self._price.complaint(self.steps_done, first=len(self.history) == 1)
+        complaint = self._survey.price.complaint(self.steps_done, first=len(self.history) == 1)
         spaced = isinstance(self.cadence, OverheadBudget | LogSpaced)  # their share falls as the run goes on
         if complaint is not None and not spaced:
-            self._warn("share", complaint)
+            self._complaints.warn("share", complaint)
 
     # Recording
 
@@ -250,7 +257,7 @@ class CurvatureMonitor(Follower):
             message = f"record() takes numbers by name, and refuses {', '.join(refused)}"
             if self.strict:
                 raise ArgumentError(message)
-            self._warn("numbers", message)
+            self._complaints.warn("numbers", message)
         if not numbers:
             return
         if not self.recorded or self.recorded[-1][0] != self.steps_done:
@@ -289,20 +296,12 @@ class CurvatureMonitor(Follower):
     def _introduction(self) -> tuple[str, dict[str, Any]]:
         return self._recorder.name, self._description()
 
-    def _failed(self, what: str, error: Exception) -> None:
-        message = f"{type(error).__name__}: {error}"
-        self._warn(what, f"the {what} at step {self.steps_done} failed and training goes on. {message}")
-        self.event("error", message)
-
     def _logger_failed(self, logger: Logger, error: Exception) -> None:
-        message = f"the logger {logger!r} failed and is left out from now on. {type(error).__name__}: {error}"
-        self._warn(message, f"at step {self.steps_done} {message}; training goes on")
-        self.event("error", message)
+        self._complaints.logger_failed(logger, self.steps_done, error)
 
-    def _warn(self, kind: str, message: str) -> None:
-        if kind not in self._warned:
-            self._warned.add(kind)
-            warnings.warn(message, CurvdiagWarning, stacklevel=5)
+    def _in_common(self) -> dict[str, str]:
+        own = {"warm starts": self._survey.warm.enabled, "kinds of strictness": self.strict}
+        return in_common(self.settings, self.cadence, self._optimizer, self.steps_done, **own)
 
     def close(self) -> None:
         """Detach, close the loggers, and the run file if the monitor opened it."""
@@ -334,13 +333,14 @@ class CurvatureMonitor(Follower):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue: count on from the checkpoint's step, in the same run of the store."""
-        self.steps_done, self._epoch = int(state["steps_done"]), state["epoch"]
+        self.steps_done, self._epoch, self._agreed = int(state["steps_done"]), state["epoch"], False
+        self._decision.renew()
         self.clock.load_state_dict(state["clock"])
         if state["cadence"] is not None and hasattr(self.cadence, "load_state_dict"):
             self.cadence.load_state_dict(state["cadence"])
         run = self._recorder.load_state_dict(state, self.steps_done)
         self._loggers.resume(self.steps_done, run)
-        self._warm.forget()
+        self._survey.warm.forget()
 
     def __repr__(self) -> str:
         what = self.settings.preset or list(self.settings.quantities)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch.optim import Optimizer
@@ -76,6 +77,17 @@ class Workbench:
         self.scalars: Scalars = {}
         self.densities: dict[tuple[str, str], SpectralDensity] = {}
         self.notes: list[str] = []
+
+    def content(self) -> dict[str, Any]:
+        """What is there by now, for :meth:`restore`."""
+        found = {"scalars": dict(self.scalars), "densities": dict(self.densities), "notes": list(self.notes)}
+        return {**vars(self), **found}
+
+    def restore(self, content: Mapping[str, Any]) -> None:
+        """Forget what has come since, and what the next measurement was to start from."""
+        vars(self).clear()
+        vars(self).update(content)
+        self.warm.forget()
 
     @cached_property
     def hessian(self) -> Hessian:

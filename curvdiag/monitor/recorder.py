@@ -40,6 +40,7 @@ class Recorder:
         self._name, self._describe = name, describe
         self._owns_store = not isinstance(store, RunStore)
         self._run: Run | None = None
+        self._elsewhere: tuple[int, str] | None = None  # the run as another rank has it, which writes
         self._unwritten: list[dict[str, Any]] = []
         self._beside: tuple[int, dict[str, float]] = (-1, {})  # the latest step with numbers of the user's own
         self.store = store if isinstance(store, RunStore) or store is None else self._open(store)
@@ -57,6 +58,15 @@ class Recorder:
     def name(self) -> str:
         """Of the run: as the store has it once it has begun, as given before; else ``"curvdiag"``."""
         return self._run.name if self._run is not None else self._name or "curvdiag"
+
+    @property
+    def named(self) -> tuple[int, str] | None:
+        """Number and name of the run, where it has begun; of the rank that writes, where another one does."""
+        return self._elsewhere if self._run is None else (self._run.id, self._run.name)
+
+    @named.setter
+    def named(self, told: tuple[int, str] | None) -> None:
+        self._elsewhere = told
 
     @property
     def run(self) -> Run | None:
@@ -128,14 +138,9 @@ class Recorder:
             self.store.close()
 
     def state_dict(self) -> dict[str, Any]:
-        run = self._run
+        run, name = self.named or (None, None)
         step, numbers = self._beside
-        beside = {"step": step, "scalars": dict(numbers)}
-        return {
-            "run": None if run is None else run.id,
-            "run_name": None if run is None else run.name,
-            "recorded": beside,
-        }
+        return {"run": run, "run_name": name, "recorded": {"step": step, "scalars": dict(numbers)}}
 
     def load_state_dict(self, state: Mapping[str, Any], step: int) -> Run | None:
         """Continue the same run from ``step``, and return it.
@@ -143,6 +148,7 @@ class Recorder:
         Where the store does not hold it, a new one is begun, with a warning.
         """
         if state["run"] is None or self.store is None:
+            self._elsewhere = None if state["run"] is None else (state["run"], state["run_name"])
             return None
         try:
             known = {info.id: info.name for info in self.store.runs()}

@@ -73,11 +73,20 @@ class Settings:
         return tuple(name for name in self.quantities if name not in NOISE)
 
     def obstacle(self, objective: Objective) -> CurvdiagError | None:
-        """Why the gradient noise of this objective cannot be measured; None where it can, or is not asked for."""
-        names = [name for name in self.quantities if name in NOISE]
+        """Why the gradient noise of this objective cannot be measured; None where it can, or is not asked for.
+
+        Of sharded weights, why what needs whole ones cannot.
+        """
+        whole = (*NOISE, "preconditioned_lambda_max") if objective.sharded else NOISE
+        names = [name for name in self.quantities if name in whole]
         if not names:
             return None
         wanted = f"{', '.join(names)} {'needs' if len(names) == 1 else 'need'}"
+        if objective.sharded:
+            return ArgumentError(
+                f"{wanted} whole weights, and these are spread over {objective.holders.count} ranks: measure it of "
+                "checkpoints, where they are whole"
+            )
         if not objective.per_sample:
             return LossError(f"{wanted} the loss of each sample: {objective.why()}")
         if objective.size < 3:
@@ -91,6 +100,14 @@ class Settings:
                 f"{wanted} the graphs of the Hessian in full precision: leave precision={precision!r} out of hessian="
             )
         return None
+
+
+def products_of(objective: Objective, given: Mapping[str, Any] | None) -> tuple[dict[str, Any], list[str]]:
+    """The arguments of the Hessian, and what was chosen where they leave it open: sharded weights give differences."""
+    if objective.sharded and "method" not in (given or {}):
+        note = "the weights are sharded: products with the Hessian are finite differences of gradients"
+        return {"method": "finite-difference", **(given or {})}, [note]
+    return dict(given or {}), []
 
 
 def _known(names: Sequence[str]) -> tuple[str, ...]:

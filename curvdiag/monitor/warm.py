@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from curvdiag.distributed import Ranks
 from curvdiag.memory import free_bytes
 from curvdiag.objective import Objective
 from curvdiag.operators.base import SymmetricOperator
@@ -45,7 +46,7 @@ class WarmStarts:
         pairs = top_eigenpairs(operator, 1, tol=tol, start=start, seed=seed + turn)
         del start, vector
         found = pairs.vectors[:, 0]
-        if self.enabled and bool(pairs.converged[0]) and _fits(found):
+        if self.enabled and bool(pairs.converged[0]) and _fits(found, objective.holders):
             self._kept[name], self._turns[name] = (layout, found.clone()), turn
         return pairs
 
@@ -55,5 +56,6 @@ class WarmStarts:
         self._turns.clear()
 
 
-def _fits(vector: Tensor) -> bool:
-    return free_bytes(vector.device) > SPARE * vector.numel() * torch.finfo(vector.dtype).bits // 8
+def _fits(vector: Tensor, ranks: Ranks) -> bool:
+    free = ranks.least(free_bytes(vector.device), "free memory")
+    return free > SPARE * vector.numel() * torch.finfo(vector.dtype).bits // 8

@@ -7,6 +7,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from curvdiag.distributed import collectively
 from curvdiag.errors import ArgumentError
 from curvdiag.noise.cwgd_diagonal import diagonal_form
 from curvdiag.noise.cwgd_full import full_form
@@ -25,6 +26,7 @@ __all__ = ["CWGD", "DiagonalCWGD", "FullCWGD", "cwgd"]
 GROUPS = 10
 
 
+@collectively
 def cwgd(
     objective: Objective,
     form: Literal["full", "diagonal"] = "full",

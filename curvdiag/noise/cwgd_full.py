@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from curvdiag.distributed import collectively
 from curvdiag.errors import ArgumentError
 from curvdiag.estimate import Estimate
 from curvdiag.memory import free_bytes
@@ -18,12 +19,12 @@ from curvdiag.noise.cwgd_result import FRACTION, FullCWGD
 from curvdiag.noise.jackknife import ratio_of_means
 from curvdiag.operators.base import linear_map
 from curvdiag.spectrum.lanczos import Progress, Tridiagonal, lanczos
-from curvdiag.spectrum.vectors import row_dots
 
 # Shorter quadratures, from half the steps on, that must agree with the whole one.
 LENGTHS = 8
 
 
+@collectively
 def full_form(
     op: Any,
     sums: Tensor,
@@ -43,7 +44,8 @@ def full_form(
 
     Args:
         op: Any square symmetric object with ``shape`` and ``@``.
-        sums: Rows ``[k, P]`` with ``E[b b^T] = C``; at least 2, and 3 for an interval.
+        sums: Rows ``[k, P]``, or what ``op.space`` has of them here, with ``E[b b^T] = C``; at least 2, and 3 for an
+            interval.
         delta: Positive; by default 1e-3 of the largest Ritz value.
         steps: Lanczos steps to begin with, at least 2.
         max_steps: Where doubling ends, converged or not.
@@ -59,7 +61,8 @@ def full_form(
     if not 2 <= steps <= max_steps:
         raise ArgumentError(f"steps are at least 2 and at most max_steps, not {steps} with max_steps={max_steps}")
     operator = linear_map(op)
-    lengths = row_dots(sums, sums)
+    space, device = operator.space, operator.device
+    lengths = space.dots(sums, sums)
     alive = lengths > 0  # all signs alike, or no noise at all: nothing to begin with, and the sample is 0
     if not bool(alive.any()):
         zero = Estimate.exact(0.0)
@@ -67,7 +70,7 @@ def full_form(
         return FullCWGD(zero, "full", math.nan, 0, note, math.nan, zero, zero, zero, 0, (0.0, 0.0, 0.0), True)
     limit = min(max_steps, operator.size)
     taken = min(steps, limit)
-    group = max(1, int(free_bytes(operator.device) // (8 * operator.size * sums.element_size())))
+    group = max(1, space.fitting(free_bytes(device), 8 * space.longest * sums.element_size(), device))
     parts: Sequence[Tensor | Tridiagonal] = sums[alive].split(group)
     spent, goes_on = 0, len(parts) == 1  # with several groups the vectors of one make room for those of the next
     while True:

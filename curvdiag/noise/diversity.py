@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from curvdiag.distributed import collectively
 from curvdiag.estimate import Estimate
 from curvdiag.noise.jackknife import jackknife
 from curvdiag.noise.moments import GradientMoments
@@ -13,6 +14,7 @@ from curvdiag.noise.sample_products import SampleProducts, sample_products
 from curvdiag.objective import Objective
 
 
+@collectively
 def gradient_diversity(
     objective: Objective,
     *,

@@ -9,13 +9,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from curvdiag.distributed import collectively
 from curvdiag.errors import NonFiniteError
 from curvdiag.modes import outside_modes
 from curvdiag.objective import Objective
 from curvdiag.results import Result
-from curvdiag.samples.streaming import all_totals, require_samples, result_dtype
+from curvdiag.samples.streaming import Room, all_totals, require_samples, result_dtype
 from curvdiag.samples.totals import Totals
 from curvdiag.spectrum.vectors import row_dots
+from curvdiag.weights import Weights
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class GradientMoments(Result):
 
 
 @outside_modes
+@collectively
 def gradient_moments(objective: Objective, *, dtype: torch.dtype | None = None) -> GradientMoments:
     """Mean, diagonal of the covariance, its trace, and norms of per-sample gradients at the present weights.
 
@@ -78,6 +81,8 @@ def gradient_moments(objective: Objective, *, dtype: torch.dtype | None = None) 
     mean is ``r`` of its standard deviations is off by about ``5e-6 (1 + r^2)`` of itself (4,096 samples; measured up
     to ``r = 1000``), and the trace by no more; where ``r`` is large take ``dtype=torch.float64``.
 
+    On several ranks the sums over their samples take one reduction, of ``[2, P]``.
+
     Args:
         objective: Its losses must be known for each sample.
         dtype: To compute in.
@@ -89,22 +94,15 @@ def gradient_moments(objective: Objective, *, dtype: torch.dtype | None = None) 
     require_samples(objective, "gradient moments")
     scale = objective.size / objective.total_weight
     weights, layout = objective.weights(dtype=dtype, share=dtype is None), objective.parameters
-    kind = result_dtype(objective, dtype)
-    sums: list[Totals] = []
-    ways = ["rule"] * len(layout)
-    mean, diagonal = (torch.empty(layout.size, dtype=kind, device=objective.device) for _ in range(2))
-    means, diagonals = layout.views(mean), layout.views(diagonal)
-    room = list(zip(means, diagonals, strict=True))
-    for group, (_, found, plan) in enumerate(all_totals(objective, weights, dtype, room)):
-        # Sums within a group are in the working precision, sums over groups in double.
-        sums = (
-            found
-            if group == 0
-            else [(one.double() if group == 1 else one) + new for one, new in zip(sums, found, strict=True)]
-        )
-        ways = [max(a, b, key=_ORDER.index) for a, b in zip(ways, plan.ways, strict=True)]
-    lengths = _finish(sums, means, diagonals, objective)
+    mean, diagonal, whole = _vectors(objective, result_dtype(objective, dtype))
+    room = list(zip(layout.views(mean), layout.views(diagonal), strict=True))
+    sums, ways = _added_up(objective, weights, dtype, room)
     squares = torch.stack([t.norms.double() for t in sums]) * scale**2
+    if whole is None:
+        lengths = _finish(sums, room, objective)
+    else:
+        squares = objective.ranks.concatenate(squares, place="norms of gradients")
+        lengths = _finish_together(sums, room, whole, objective)
     traces = squares.mean(1) - lengths
     length, trace = (dict(zip(layout.names, each.tolist(), strict=True)) for each in (lengths, traces))
     bad = [name for name in layout.names if not math.isfinite(trace[name])]
@@ -116,13 +114,13 @@ def gradient_moments(objective: Objective, *, dtype: torch.dtype | None = None) 
         blocks[name] = BlockMoments(
             math.sqrt(sum(length[member] for member in members)),
             max(0.0, sum(trace[member] for member in members)),
-            functools.reduce(torch.add, rows).sqrt().to(kind),
+            functools.reduce(torch.add, rows).sqrt().to(mean.dtype),
         )
     return GradientMoments(
         mean,
         diagonal,
         max(0.0, sum(trace.values())),
-        squares.sum(0).sqrt().to(kind),
+        squares.sum(0).sqrt().to(mean.dtype),
         objective.size,
         blocks,
         dict(zip(layout.names, ways, strict=True)),
@@ -132,11 +130,40 @@ def gradient_moments(objective: Objective, *, dtype: torch.dtype | None = None) 
 _ORDER = ("rule", "vmap", "backward")
 
 
-def _finish(sums: list[Totals], means: list[Tensor], diagonals: list[Tensor], objective: Objective) -> Tensor:
+def _vectors(objective: Objective, kind: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Where mean and diagonal are written; on several ranks in one tensor ``[2, P]`` that is reduced."""
+    size, device = objective.parameters.size, objective.device
+    if objective.ranks.alone:
+        return torch.empty(size, dtype=kind, device=device), torch.empty(size, dtype=kind, device=device), None
+    whole = torch.empty(2, size, dtype=kind, device=device)
+    return whole[0], whole[1], whole
+
+
+def _added_up(
+    objective: Objective, weights: Weights, dtype: torch.dtype | None, room: Room
+) -> tuple[list[Totals], list[str]]:
+    """The sums over the samples held here, by parameter, and how they were computed, the slowest way of all ranks.
+
+    Sums within a group are in the working precision, sums over groups in double.
+    """
+    sums: list[Totals] = []
+    ways = ["rule"] * len(room)
+    for group, (_, found, plan) in enumerate(all_totals(objective, weights, dtype, room)):
+        sums = (
+            found
+            if group == 0
+            else [(one.double() if group == 1 else one) + new for one, new in zip(sums, found, strict=True)]
+        )
+        ways = [max(a, b, key=_ORDER.index) for a, b in zip(ways, plan.ways, strict=True)]
+    everywhere = objective.ranks.gather(ways, "ways to the gradients of samples")
+    return sums, [max(each, key=_ORDER.index) for each in zip(*everywhere, strict=True)]
+
+
+def _finish(sums: list[Totals], room: Room, objective: Objective) -> Tensor:
     """Write means and variances, a parameter at a time; returns the squared norms of the means."""
     count, scale = objective.size, objective.size / objective.total_weight
     lengths = []
-    for own, mean, diagonal in zip(sums, means, diagonals, strict=True):
+    for own, (mean, diagonal) in zip(sums, room, strict=True):
         if own.first.dtype == mean.dtype:  # written where it belongs: on a fast net every pass over P numbers counts
             first = torch.mul(own.first, scale / count, out=mean)
             second = torch.mul(own.second, scale**2 / count, out=diagonal)
@@ -145,6 +172,22 @@ def _finish(sums: list[Totals], means: list[Tensor], diagonals: list[Tensor], ob
             first, second = own.first * (scale / count), own.second * (scale**2 / count)
             mean.copy_(first)
             diagonal.copy_(second.addcmul_(first, first, value=-1).clamp_(min=0.0))
-        flat = first.reshape(1, -1)
-        lengths.append(row_dots(flat, flat)[0].double())
+        lengths.append(_square(first))
     return torch.stack(lengths)
+
+
+def _finish_together(sums: list[Totals], room: Room, whole: Tensor, objective: Objective) -> Tensor:
+    """The same over all ranks, which first put their shares of both moments into ``whole`` ``[2, P]``."""
+    count, scale = objective.size, objective.size / objective.total_weight
+    for own, (mean, diagonal) in zip(sums, room, strict=True):
+        torch.mul(own.first, scale / count, out=mean)
+        torch.mul(own.second, scale**2 / count, out=diagonal)
+    objective.ranks.sum_(whole, "moments of gradients")
+    whole[1].addcmul_(whole[0], whole[0], value=-1).clamp_(min=0.0)
+    return torch.stack([_square(mean) for mean, _ in room])
+
+
+def _square(tensor: Tensor) -> Tensor:
+    """Its squared norm, in double precision."""
+    flat = tensor.reshape(1, -1)
+    return row_dots(flat, flat)[0].double()

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from curvdiag.distributed import collectively
 from curvdiag.errors import ArgumentError, NonFiniteError
 from curvdiag.estimate import Estimate
 from curvdiag.modes import outside_modes
@@ -130,6 +131,7 @@ class NoiseScale(Result):
 
 
 @outside_modes
+@collectively
 def noise_scale(
     objective: Objective,
     *,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from curvdiag.errors import ArgumentError
 from curvdiag.estimate import Estimate
-from curvdiag.spectrum.vectors import row_dots
+from curvdiag.noise.squares import Squares
 
 Accumulation = Literal["mean", "sum", "samples"]
 
@@ -31,10 +31,10 @@ class RunningNoiseScale:
             noise.observe(model, samples=len(micro_batch))
         noise.step()  # where the optimizer steps
 
-    With ranks, the small gradient is a rank's own, before it is averaged over the ranks, and the large one is the
-    average. Under ``DistributedDataParallel`` with ``no_sync()`` on all micro-batches but the last, the loop above does
-    it with ``noise.step(ranks=world_size)``. With one micro-batch a step, take the local norm before the all-reduce
-    and call ``update(local, average, B, world_size * B)``; the mean of ``local`` over the ranks is less noisy still.
+    Under ``DistributedDataParallel`` and FSDP2, :class:`~curvdiag.noise.rank_noise_scale.RankNoiseScale` does all of
+    this by itself. By hand: the small gradient is a rank's own, before it is averaged over the ranks, and the large one
+    is the average. Under ``DistributedDataParallel`` with ``no_sync()`` on all micro-batches but the last, the loop
+    above does it with ``noise.step(ranks=world_size)``.
 
     Args:
         decay: Of the averages; their memory is about ``1 / (1 - decay)`` steps.
@@ -221,19 +221,13 @@ def two_batches(small_norm_sq: float, big_norm_sq: float, small_batch: float, bi
 def _grad_square(parameters: nn.Module | Tensor | Iterable[Tensor]) -> Tensor:
     if isinstance(parameters, nn.Module):
         parameters = parameters.parameters()
-    found = [
-        p.grad.detach() for p in ([parameters] if isinstance(parameters, Tensor) else parameters) if p.grad is not None
-    ]
-    if not found:
+    squares = Squares()
+    for p in [parameters] if isinstance(parameters, Tensor) else parameters:
+        if p.grad is not None:
+            squares.add(p.grad)
+    total = squares.total()
+    if total is None:
         raise ArgumentError("no parameter has a gradient: call observe after backward() and before zero_grad()")
-    total: Tensor | None = None
-    for grad in found:
-        values = grad.coalesce().values() if grad.is_sparse else grad
-        flat = values.reshape(1, -1)
-        flat = flat if flat.dtype in (torch.float32, torch.float64) else flat.float()
-        square = row_dots(flat, flat)[0]
-        total = square if total is None else total + square.to(total.device)
-    assert total is not None
     return total
 
 

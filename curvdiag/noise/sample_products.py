@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from curvdiag.data import sample_count
+from curvdiag.distributed import collectively
 from curvdiag.errors import ArgumentError
 from curvdiag.noise.moments import GradientMoments, gradient_moments
 from curvdiag.objective import Objective
@@ -48,6 +49,7 @@ class SampleProducts:
         return mean_square, trace
 
 
+@collectively
 def sample_products(
     objective: Objective,
     *,
@@ -75,6 +77,7 @@ def sample_products(
         raise ArgumentError(f"moments= are of {len(moments.mean):,} parameters, and this objective has {matrix.size:,}")
     mean = moments.mean.to(matrix.device, matrix.dtype)
     dots = matrix._engine.sample_dots(mean[None], matrix._positions)[0] * objective.size
+    dots = objective.ranks.concatenate(dots, place="products of gradients")
     norms = moments.norms.cpu().double()
     found = SampleProducts(
         squares=norms.square().numpy(),

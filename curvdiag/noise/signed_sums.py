@@ -5,19 +5,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from curvdiag.distributed import collectively
 from curvdiag.errors import ArgumentError, StaleWeightsError
 from curvdiag.objective import Objective
 from curvdiag.operators.hessian import Hessian
 from curvdiag.operators.noise import NoiseCovariance
 from curvdiag.seeds import Seed, resolve_seed
-from curvdiag.spectrum.probes import rademacher
+from curvdiag.space.probes import rademacher
 
 
+@collectively
 def signed_sums(hessian: Hessian, count: int, seed: Seed, first: int = 0) -> Tensor:
     """Rows ``b = N^(-1/2) sum_i e_i (g_i - g)`` ``[count, P]`` for random signs ``e``; ``E[b b^T] = C``, divided by N.
 
     One backward pass each through the Hessian's own graphs, with no per-sample gradient in memory. Differences of
     single pairs, ``g_i - g_j``, have the covariance ``2 C`` too, but one pair shows two samples and a sum shows all.
+    A sign belongs to the place of its sample among those of all ranks, whose sums are added in one reduction.
 
     Args:
         hessian: Its graphs hold the samples.
@@ -35,8 +38,11 @@ def signed_sums(hessian: Hessian, count: int, seed: Seed, first: int = 0) -> Ten
     # sum_i e_i (g_i - g) = sum_i (e_i - mean e) g_i, and g_i is N / Z times the gradient of sample i's total.
     scale = objective.size**0.5 / objective.total_weight
     coefficients = scale * (signs - signs.mean(dim=1, keepdim=True))
-    coefficients = coefficients.to(hessian.device, _width(hessian.dtype))
-    return engine.gather(coefficients, hessian._positions, _width(hessian.dtype))
+    own = coefficients[:, objective.first_sample :][:, : objective.local_size].contiguous()
+    own = own.to(hessian.device, _width(hessian.dtype))
+    return objective.ranks.sum(
+        f"{count} sums of gradients", lambda: engine.gather(own, hessian._positions, _width(hessian.dtype))
+    )
 
 
 def hessian_of(objective: Objective, hessian: Hessian | None, **options: object) -> Hessian:
@@ -55,6 +61,7 @@ def hessian_of(objective: Objective, hessian: Hessian | None, **options: object)
     return hessian
 
 
+@collectively
 def require_present_weights(hessian: Hessian) -> None:
     """Refuse a Hessian that moments at the model's present weights do not belong to.
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from curvdiag.errors import ArgumentError, TooLargeError
 from curvdiag.memory import free_bytes, human_bytes
+from curvdiag.space import Space, WholeSpace
 
 
 @dataclass
@@ -35,7 +36,8 @@ class SymmetricOperator(abc.ABC):
     """A real symmetric matrix ``[P, P]`` given by its products.
 
     ``op @ v`` takes a vector ``[P]`` or several as columns ``[P, k]`` and returns the same shape.
-    Subclasses implement :meth:`apply`, whose vectors are rows ``[k, P]``, each contiguous in memory.
+    Subclasses implement :meth:`apply`, whose vectors are rows ``[k, P]``, each contiguous in memory. Where each rank
+    holds pieces of the weights, vectors are what :attr:`space` has of them here.
     """
 
     size: int
@@ -51,6 +53,11 @@ class SymmetricOperator(abc.ABC):
         """Check, once per algorithm, that the operator still means what it meant when it was made."""
 
     @property
+    def space(self) -> Space:
+        """Where its vectors live: whole, in this process alone, unless a subclass says otherwise."""
+        return WholeSpace(self.size)
+
+    @property
     def shape(self) -> tuple[int, int]:
         return self.size, self.size
 
@@ -60,13 +67,16 @@ class SymmetricOperator(abc.ABC):
     def __matmul__(self, other: Tensor) -> Tensor:
         if not isinstance(other, Tensor):
             raise ArgumentError(f"expected a tensor of {self.size} rows, got {type(other).__name__}")
-        if other.ndim not in (1, 2) or other.shape[0] != self.size:
+        local = self.space.local
+        if other.ndim not in (1, 2) or other.shape[0] != local:
+            held = "" if local == self.size else f", of whose vectors this rank holds {local} numbers,"
             raise ArgumentError(
-                f"cannot multiply a {self.size} x {self.size} operator with a tensor of shape {tuple(other.shape)}"
+                f"cannot multiply a {self.size} x {self.size} operator{held} with a tensor of shape "
+                f"{tuple(other.shape)}"
             )
         self.refresh()
         with torch.inference_mode(False):
-            rows = other.detach().to(device=self.device, dtype=self.dtype).reshape(self.size, -1).T.contiguous()
+            rows = other.detach().to(device=self.device, dtype=self.dtype).reshape(local, -1).T.contiguous()
             product = self.apply(rows).T
         return product[:, 0] if other.ndim == 1 else product
 
@@ -79,29 +89,39 @@ class SymmetricOperator(abc.ABC):
         return self @ vectors
 
     def dense(self, *, chunk: int = 64) -> Tensor:
-        """The whole matrix ``[P, P]``, from ``P`` products.
+        """The whole matrix ``[P, P]``, from ``P`` products; on every rank, where there are several.
 
         Raises:
             TooLargeError: The matrix does not fit into the free memory of the operator's device.
         """
-        need = self.size**2 * self.dtype.itemsize
-        if need > free_bytes(self.device):
+        space = self.space
+        need, free = self.size**2 * self.dtype.itemsize, space.fitting(free_bytes(self.device), 1, self.device)
+        if need > free:
             raise TooLargeError(
                 f"a dense {type(self).__name__} of {self.size:,} parameters needs {human_bytes(need)}, more than the "
-                f"{human_bytes(free_bytes(self.device))} free; use spectral_density, top_eigenpairs or block(...)"
+                f"{human_bytes(free)} free; use spectral_density, top_eigenpairs or block(...)"
             )
         self.refresh()
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), space.ranks.together("dense matrix"):
             matrix = torch.empty(self.shape, dtype=self.dtype, device=self.device)
             for first in range(0, self.size, chunk):
                 last = min(first + chunk, self.size)
                 rows = torch.zeros(last - first, self.size, dtype=self.dtype, device=self.device)
                 rows[torch.arange(last - first), torch.arange(first, last)] = 1.0
-                matrix[first:last] = self.apply(rows)
+                matrix[first:last] = space.gathered(self.apply(space.part(rows)))
         return matrix
 
     def to_scipy(self) -> LinearOperator:
-        """The same matrix for :mod:`scipy.sparse.linalg`, with NumPy vectors on the CPU."""
+        """The same matrix for :mod:`scipy.sparse.linalg`, with NumPy vectors on the CPU.
+
+        Raises:
+            ArgumentError: Each rank holds a part of every vector, which SciPy's arithmetic does not know.
+        """
+        if not self.space.whole:
+            raise ArgumentError(
+                "SciPy works on whole vectors, and of this operator's each rank holds a part: use spectral_density, "
+                "top_eigenpairs or trace, or dense() for a small matrix"
+            )
 
         def multiply(x: np.ndarray) -> np.ndarray:
             product = (self @ torch.from_numpy(np.ascontiguousarray(x))).cpu()
@@ -113,12 +133,22 @@ class SymmetricOperator(abc.ABC):
 
 @dataclass(frozen=True)
 class LinearMap:
-    """Any symmetric operator as the algorithms see it: rows ``[k, P]`` in, rows ``[k, P]`` out."""
+    """Any symmetric operator as the algorithms see it: rows ``[k, local]`` in, rows ``[k, local]`` out.
+
+    Attributes:
+        size: Order ``P`` of the matrix.
+        space: Where the vectors live, and how long they are here; whole in this process alone where it is not given.
+    """
 
     apply: Callable[[Tensor], Tensor]
     size: int
     dtype: torch.dtype
     device: torch.device
+    space: Space = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        if self.space is None:
+            object.__setattr__(self, "space", WholeSpace(self.size))
 
 
 def linear_map(op: Any) -> LinearMap:
@@ -136,7 +166,7 @@ def linear_map(op: Any) -> LinearMap:
     size = int(shape[0])
     if isinstance(op, SymmetricOperator):
         op.refresh()
-        return LinearMap(op.apply, size, op.dtype, op.device)
+        return LinearMap(op.apply, size, op.dtype, op.device, op.space)
     if isinstance(op, Tensor):
         if not op.dtype.is_floating_point:
             raise ArgumentError(f"a dense operator needs a real floating-point dtype, not {op.dtype}")

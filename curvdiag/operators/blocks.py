@@ -46,10 +46,9 @@ class Blocks:
         for name, part in rows.items():
             if name not in self.operators:
                 raise ArgumentError(f"there is no block {name!r}; there are {', '.join(self.operators)}")
-            if part.ndim != 2 or part.shape[1] != self.sizes[name]:
-                raise ArgumentError(
-                    f"the block {name!r} takes rows [k, {self.sizes[name]}], not of shape {tuple(part.shape)}"
-                )
+            length = self.operators[name].space.local
+            if part.ndim != 2 or part.shape[1] != length:
+                raise ArgumentError(f"the block {name!r} takes rows [k, {length}], not of shape {tuple(part.shape)}")
         if not rows:
             return {}
         engine, started = self._whole._engine, time.perf_counter()

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from curvdiag.data import Batch
 from curvdiag.errors import SecondDerivativeError
-from curvdiag.objective import Objective, gradient, gradients
+from curvdiag.gradients import gradient, gradients
+from curvdiag.objective import Objective
 from curvdiag.weights import Weights
 
 KINKED_MODULES = (
@@ -59,6 +60,7 @@ class FiniteDifferenceEngine:
 
     graphs_built = 0
     plan = None
+    remedies = ("use method='exact', or a smooth activation", "give dtype=torch.float64, or use method='exact'")
 
     def __init__(
         self,
@@ -82,7 +84,7 @@ class FiniteDifferenceEngine:
                 "differences would not see where they were moved; use method='exact'"
             )
         self.precision, self.rtol = coarsest, rtol
-        self.squares = torch.stack([w.detach().double().square().sum() for w in weights.chosen]).cpu()
+        self.squares = self._squares([w.detach() for w in weights.chosen])
         self.error = 0.0
         self.check(range(len(weights.chosen)))
 
@@ -113,13 +115,17 @@ class FiniteDifferenceEngine:
 
     def product(self, vector: Tensor, precision: float | None = None, fraction: float = 1.0) -> Tensor:
         """One product ``[P]``, at a fraction of the step that suits ``precision``."""
-        step = fraction * (precision or self.precision) ** (1 / 3) * self._reach(vector)
-        length = float(vector.norm())
+        reach, length = self._reach_and_length(vector)
+        step = fraction * (precision or self.precision) ** (1 / 3) * reach
         if length == 0 or length != length:
             return vector.clone()
         h = step / length
+        return self._change(vector, h) / (2 * h)
+
+    def _change(self, vector: Tensor, h: float) -> Tensor:
+        """How the gradient differs between both ends of a step."""
         ahead, behind = (self._gradient(vector, sign * h) for sign in (1.0, -1.0))
-        return (ahead - behind) / (2 * h)
+        return ahead - behind
 
     def _gradient(self, vector: Tensor, h: float) -> Tensor:
         shifts = self.objective.parameters.views(vector)
@@ -131,9 +137,18 @@ class FiniteDifferenceEngine:
         vector = torch.randn(size, generator=generator, dtype=torch.float64)
         return vector.to(self.objective.device, self.dtype or self.objective.dtype)
 
-    def _reach(self, vector: Tensor) -> float:
+    def _squares(self, parts: Sequence[Tensor]) -> Tensor:
+        """Square norms of the parameters, or of the parts of a vector."""
+        return torch.stack([part.double().square().sum() for part in parts]).cpu()
+
+    def _length(self, vector: Tensor) -> float:
+        return float(vector.norm())
+
+    def _reach_and_length(self, vector: Tensor) -> tuple[float, float]:
+        return self._reach(self._squares(self.objective.parameters.views(vector))), self._length(vector)
+
+    def _reach(self, shares: Tensor) -> float:
         """Norm of the weights, each tensor counted by its share in the vector; for weights of zero, 1 over sqrt(n)."""
-        shares = torch.stack([v.double().square().sum() for v in self.objective.parameters.views(vector)]).cpu()
         numels = torch.tensor(self.objective.parameters.numels, dtype=torch.float64)
         typical = float(self.squares.sum() / numels.sum()) or 1.0
         squares = torch.where(self.squares > 0, self.squares, typical * numels)
@@ -141,22 +156,27 @@ class FiniteDifferenceEngine:
 
     def _measured_error(self, positions: Sequence[int]) -> float:
         """Largest relative change of a product when the step is another."""
-        inside = torch.zeros(self.objective.parameters.size, device=self.objective.device)
-        for i in positions:
-            inside[self.objective.parameters.slices[i]] = 1.0
+        inside = self._inside(positions)
         vector, worst = self.random_vector() * inside, 0.0
         for _ in range(3):
             one = self.product(vector) * inside
-            scale = float(one.norm())
+            scale = self._length(one)
             if scale == 0:
                 break
             # Half the step shows rounding. One that suits float32 shows kinks, which a tiny one may not meet.
             others = [self.product(vector, fraction=0.5)]
             if self.precision < torch.finfo(torch.float32).eps:
                 others.append(self.product(vector, torch.finfo(torch.float32).eps))
-            worst = max(worst, *(float((one - other * inside).norm()) / scale for other in others))
+            worst = max(worst, *(self._length(one - other * inside) / scale for other in others))
             vector = one / scale
         return worst
+
+    def _inside(self, positions: Sequence[int]) -> Tensor:
+        """A vector of ones in the parameters at ``positions``, and zeros elsewhere."""
+        inside = torch.zeros(self.objective.parameters.size, device=self.objective.device)
+        for i in positions:
+            inside[self.objective.parameters.slices[i]] = 1.0
+        return inside
 
     def _cause(self) -> str:
         modules = self.objective.model.named_modules()
@@ -166,24 +186,27 @@ class FiniteDifferenceEngine:
         if kinked:
             return (
                 f"The model has kinks ({', '.join(kinked[:4])}{', ...' if len(kinked) > 4 else ''}), across which the "
-                "gradient jumps: use method='exact', or a smooth activation"
+                f"gradient jumps: {self.remedies[0]}"
             )
         return (
             "The forward pass is coarse (bfloat16 or float16 inside?), or the weights of its layers are of very "
-            "different sizes: give dtype=torch.float64, or use method='exact'"
+            f"different sizes: {self.remedies[1]}"
         )
 
     def _node_names(self) -> Iterator[str]:
-        loss: Any = self.objective.inside(
-            self.weights, lambda: self.objective.totals(self.pieces[0], self.dtype).sum(), twice=False
-        )
-        stack, seen = [loss.grad_fn], set()
+        stack, seen = [self._loss().grad_fn], set()
         while stack:
             node = stack.pop()
             if node is not None and node not in seen:
                 seen.add(node)
                 yield node.name()
                 stack.extend(following for following, _ in node.next_functions)
+
+    def _loss(self) -> Any:
+        """The loss of some samples, with its graph."""
+        return self.objective.inside(
+            self.weights, lambda: self.objective.totals(self.pieces[0], self.dtype).sum(), twice=False
+        )
 
     def visit(self) -> None:
         """Nothing to build."""

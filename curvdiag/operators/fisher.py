@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from curvdiag.criterion import CriterionLoss
 from curvdiag.data import Batch, place
+from curvdiag.distributed import collectively
 from curvdiag.errors import ArgumentError, LossError
 from curvdiag.objective import Objective
 from curvdiag.operators.base import Cost
@@ -53,6 +54,7 @@ class Fisher(ObjectiveOperator):
     Source: Martens, "New insights and perspectives on the natural gradient method", 2020, sections 5 and 9.
     """
 
+    @collectively
     def __init__(
         self,
         objective: Objective,
@@ -75,8 +77,7 @@ class Fisher(ObjectiveOperator):
         exact = method == "exact"
         source = objective if exact else _with_draws(objective, draws, resolve_seed(seed))
         build = functools.partial(OutputGraph, rule=_expected if exact else _sampled)
-        with objective.ranks.together("making of graphs"):
-            self._engine = GraphEngine(source, self._weights, dtype, memory, micro_batch, build)
+        self._engine = GraphEngine(source, self._weights, dtype, memory, micro_batch, build)
         self.method, self.draws = method, draws
         self.cost = Cost(0, self._engine.graphs_built, time.perf_counter() - started)
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvdiag.distributed import collectively
 from curvdiag.objective import Objective
 from curvdiag.operators.base import Cost
 from curvdiag.operators.batched import Batched
@@ -50,6 +51,7 @@ class GaussNewton(ObjectiveOperator):
 
     _engine: GraphEngine[Any]
 
+    @collectively
     def __init__(
         self,
         objective: Objective,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from curvdiag.errors import TooLargeError
+from curvdiag.errors import ArgumentError, TooLargeError
 from curvdiag.memory import free_bytes, human_bytes
 from curvdiag.objective import Objective
 from curvdiag.results import Result
@@ -76,8 +76,15 @@ def gram(
     Raises:
         LossError: The loss gives only a mean, or BatchNorm in train mode couples the samples.
         TooLargeError: Not even the matrix fits.
+        ArgumentError: The samples lie on several ranks.
     """
     require_samples(objective, "Gram matrices")
+    if not objective.ranks.alone:
+        raise ArgumentError(
+            "the Gram matrix needs products of all pairs of samples, which lie on several ranks: use top_eigenpairs, "
+            "spectral_density or trace, whose products with C are summed over the ranks, or an objective of all "
+            "samples on one rank, without group="
+        )
     count, size = objective.size, sum(weights.chosen[p].numel() for p in positions)
     room = free_bytes(objective.device) // 2 if memory is None else memory
     needed = 3 * 8 * count**2  # the matrix, its centred form and the eigenvalue solver's copy

@@ -74,6 +74,8 @@ class GraphEngine(Generic[G]):
         self.graphs_built, self.multiply_in = 0, multiply_in
         pieces = list(objective.micro_batches(micro_batch))
         free = free_bytes(objective.device)
+        if objective.device.type == "cpu":  # whose memory is shared with the ranks beside this one
+            free //= objective.ranks.neighbours
         budget = free // 2 if memory is None else memory
         regroup = micro_batch is None and objective.can_regroup
         self._built: tuple[Batch, G] | None = None

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from curvdiag.distributed import collectively
 from curvdiag.errors import ArgumentError
 from curvdiag.objective import Objective
 from curvdiag.operators.base import Cost
@@ -18,7 +19,9 @@ from curvdiag.operators.objective_operator import ObjectiveOperator
 from curvdiag.operators.precision import Precision
 from curvdiag.operators.program import HESSIAN
 from curvdiag.operators.second_derivative import check_symmetry
+from curvdiag.operators.sharded_difference import ShardedDifferences
 from curvdiag.operators.traced_graph import TracedGraphs
+from curvdiag.weights import Weights
 
 
 class Hessian(ObjectiveOperator):
@@ -30,7 +33,10 @@ class Hessian(ObjectiveOperator):
     Args:
         objective: What is differentiated.
         method: ``"exact"`` differentiates the gradient's graph. ``"finite-difference"`` takes central differences
-            of gradients, for smooth models without a second derivative; two gradients a product.
+            of gradients, for smooth models without a second derivative; two gradients a product. Weights that are
+            spread over ranks (``objective.sharded``) are measured by these alone, where they lie: vectors then hold
+            this rank's numbers, as :attr:`space` has them, all ranks multiply together, and each time the shards are
+            copied back bit for bit.
         dtype: Make the copies in another type (float64 for oracles, float32 for bfloat16 weights).
         share: Work on the model's own weights instead of copies; if they change, the next use raises.
         memory: Bytes that kept graphs may take; half of the free memory by default. What does not fit is
@@ -58,11 +64,14 @@ class Hessian(ObjectiveOperator):
     Raises:
         SecondDerivativeError: A second derivative is missing, or finite differences are not accurate.
         NonFiniteError: The loss or its gradient is not finite.
-        StaleWeightsError: With ``share=True``, the weights changed.
+        StaleWeightsError: With ``share=True``, or with sharded weights, the weights changed.
+        ArgumentError: The exact product is asked of sharded weights.
+        LossError: The gradients of sharded weights are not averaged over the objective's ranks.
 
     Source: Pearlmutter, "Fast exact multiplication by the Hessian", 1994.
     """
 
+    @collectively
     def __init__(
         self,
         objective: Objective,
@@ -80,6 +89,7 @@ class Hessian(ObjectiveOperator):
         if not rtol > 0:
             raise ArgumentError(f"rtol is a positive fraction, not {rtol}")
         started = time.perf_counter()
+        self.method = method
         super().__init__(objective, dtype, share, memory, precision=precision)
         if method == "exact":
             build = TracedGraphs(HESSIAN) if compile else GradientGraph
@@ -89,16 +99,32 @@ class Hessian(ObjectiveOperator):
                 raise ArgumentError("finite differences lose what precision= rounds off: leave it out")
             if compile:
                 raise ArgumentError("compile=True compiles the exact product: leave out method='finite-difference'")
-            with objective.ranks.together("making of finite differences"):
-                pieces = list(objective.micro_batches(micro_batch))
-                self._engine = FiniteDifferenceEngine(objective, self._weights, dtype, pieces, rtol)
+            pieces = list(objective.micro_batches(micro_batch))
+            if objective.shards is not None:
+                self._engine = engine = ShardedDifferences(objective, objective.shards, self._weights, pieces, rtol)
+                self.device = engine.device
                 if not objective.__dict__.get("_symmetric"):
-                    seen = check_symmetry(objective, dtype, self._engine.product, max(rtol, 0.05))
-                    objective.__dict__["_symmetric"] = seen
+                    objective.__dict__["_symmetric"] = engine.check_symmetry(max(rtol, 0.05))
+                self.cost = Cost(0, 0, time.perf_counter() - started)
+                return
+            self._engine = FiniteDifferenceEngine(objective, self._weights, dtype, pieces, rtol)
+            if not objective.__dict__.get("_symmetric"):
+                seen = check_symmetry(objective, dtype, self._engine.product, max(rtol, 0.05))
+                objective.__dict__["_symmetric"] = seen
         else:
             raise ArgumentError(f"method is 'exact' or 'finite-difference', not {method!r}")
-        self.method = method
         self.cost = Cost(0, self._engine.graphs_built, time.perf_counter() - started)
+
+    def _picture(self, dtype: torch.dtype | None, share: bool) -> Weights:
+        shards = self.objective.shards
+        if shards is None or self.method != "finite-difference":
+            return super()._picture(dtype, share)
+        if dtype not in (None, self.objective.dtype):
+            raise ArgumentError(
+                f"sharded weights are measured where they are, in {self.objective.dtype}: leave dtype out"
+            )
+        names = self.objective.parameters.names
+        return Weights(tuple(shards.live(names)), {}, {}, names)
 
     def _multiply(self, rows: Tensor) -> Tensor:
         return self._engine.multiply(rows, self._positions)

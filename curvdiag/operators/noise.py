@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from curvdiag.distributed import collectively
 from curvdiag.errors import ArgumentError, LossError
 from curvdiag.objective import Objective
 from curvdiag.operators.base import Cost
@@ -41,6 +42,7 @@ class EmpiricalFisher(ObjectiveOperator):
 
     _engine: GraphEngine[GradientGraph]
 
+    @collectively
     def __init__(
         self,
         objective: Objective,
@@ -73,10 +75,12 @@ class EmpiricalFisher(ObjectiveOperator):
 
     def _multiply_blocks(self, rows: Sequence[Tensor], positions: Sequence[Sequence[int]]) -> list[Tensor]:
         # g_i = (N / Z) grad t_i for the total weight Z; dots are v . g_i / N.
-        dots = [self._shaped(one) * self.objective.size for one in self._engine.sample_dots_of_blocks(rows, positions)]
+        shaped = self._shaped(self._engine.sample_dots_of_blocks(rows, positions))
+        dots = [one * self.objective.size for one in shaped]
         return self._engine.gather_blocks([one / self.objective.total_weight for one in dots], positions, self.dtype)
 
-    def _shaped(self, dots: Tensor) -> Tensor:
+    def _shaped(self, dots: list[Tensor]) -> list[Tensor]:
+        """What the products with the samples' gradients, ``[k, N]`` for each block, enter the sum as."""
         return dots
 
     def __repr__(self) -> str:
@@ -85,6 +89,8 @@ class EmpiricalFisher(ObjectiveOperator):
 
 class NoiseCovariance(EmpiricalFisher):
     """``C = (1/N) sum_i g_i g_i^T - g g^T``, the covariance of per-sample gradients; or that of a mini-batch's mean.
+
+    It is centred over the samples of all ranks, for which each product reduces one number more for each vector.
 
     Args:
         objective: Its losses must be known for each sample.
@@ -102,6 +108,7 @@ class NoiseCovariance(EmpiricalFisher):
             objective.
     """
 
+    @collectively
     def __init__(
         self,
         objective: Objective,
@@ -131,13 +138,16 @@ class NoiseCovariance(EmpiricalFisher):
             compile=compile,
         )
 
-    def _shaped(self, dots: Tensor) -> Tensor:
+    def _shaped(self, dots: list[Tensor]) -> list[Tensor]:
         # Centred before the gradients are gathered: g (g . v) subtracted afterwards would cancel.
         ranks = self.objective.ranks
         if ranks.alone:
-            return self.scale * (dots - dots.mean(dim=1, keepdim=True))
-        sums = ranks.sum_(dots.double().sum(dim=1, keepdim=True), "centring")
-        return self.scale * (dots - (sums / self.objective.size).to(dots.dtype))
+            means = [one.mean(dim=1, keepdim=True) for one in dots]
+        else:  # one small reduction for all blocks
+            sums = ranks.sum_(torch.cat([one.sum(dim=1, dtype=torch.float64) for one in dots]), "centring")
+            parts = (sums / self.objective.size).split([len(one) for one in dots])
+            means = [part[:, None].to(one.dtype) for part, one in zip(parts, dots, strict=True)]
+        return [self.scale * (one - mean) for one, mean in zip(dots, means, strict=True)]
 
     def gram(self, *, memory: int | None = None) -> Gram:
         """All nonzero eigenvalues, exactly, from the ``[N, N]`` matrix of products of per-sample gradients.
@@ -147,7 +157,7 @@ class NoiseCovariance(EmpiricalFisher):
 
         Raises:
             TooLargeError: The matrix does not fit.
-            ArgumentError: The gradients are in bfloat16.
+            ArgumentError: The gradients are in bfloat16, or the samples lie on several ranks.
         """
         if self.precision == "bfloat16":
             raise ArgumentError("gram() squares gradients, which bfloat16 is too coarse for: use precision='full'")

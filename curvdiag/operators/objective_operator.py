@@ -12,6 +12,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from curvdiag.distributed import collectively
+from curvdiag.distributed.traffic import Collectives, CollectiveTraffic
 from curvdiag.errors import ArgumentError, StaleWeightsError
 from curvdiag.objective import Objective
 from curvdiag.operators.base import Cost, SymmetricOperator
@@ -28,7 +30,9 @@ from curvdiag.operators.precision import (
     random_row,
     true_products,
 )
+from curvdiag.operators.sharded_difference import ShardedDifferences
 from curvdiag.parameters import Selection
+from curvdiag.space import Space, WholeSpace
 from curvdiag.weights import Weights
 
 
@@ -36,6 +40,10 @@ class ObjectiveOperator(SymmetricOperator):
     """A symmetric matrix over an objective's parameters, at the weights that it had when the operator was made.
 
     With ``graphs``, another such matrix whose graphs it works on, these are the weights of that one.
+
+    Where several ranks hold the data, each multiplies with the share of the matrix that is of its own samples, and a
+    product with ``k`` vectors is the sum of these: one all-reduce of ``[k, P]``. All of them call it, with the same
+    vectors.
 
     Attributes:
         precision: What products are computed in.
@@ -73,10 +81,20 @@ class ObjectiveOperator(SymmetricOperator):
         check_precision(precision, self.device, self.dtype, share=share)
         self._compare = not objective.ranks.alone  # the vectors of the first product of an algorithm
         if graphs is None:
-            self._weights = objective.weights(dtype=dtype, share=share)
-            self._fingerprint = _fingerprint(self._live()) if share else None
+            self._weights = self._picture(dtype, share)
+            self._fingerprint = _fingerprint(self._live()) if share or objective.sharded else None
         else:
             self._weights, self._fingerprint = graphs._weights, graphs._fingerprint
+
+    def _picture(self, dtype: torch.dtype | None, share: bool) -> Weights:
+        """The weights that it is about."""
+        return self.objective.weights(dtype=dtype, share=share)
+
+    @property
+    def space(self) -> Space:
+        if isinstance(self._engine, ShardedDifferences):
+            return self._engine.layout(self._positions).space
+        return WholeSpace(self.size, self.objective.ranks)
 
     @abc.abstractmethod
     def _multiply(self, rows: Tensor) -> Tensor:
@@ -88,7 +106,10 @@ class ObjectiveOperator(SymmetricOperator):
 
     def _whole(self, rows: Tensor) -> Tensor:
         """Products with the whole matrix: the sum of all ranks' shares."""
-        signature = (lambda: _signature(rows)) if self._compare else None
+        if self.objective.sharded:  # whose engine has summed them
+            with self.objective.holders.together(f"product of {len(rows)} vectors"):
+                return self._multiply(rows)
+        signature = (lambda: _signature(rows, self._positions, self._weights.names)) if self._compare else None
         products = self.objective.ranks.sum(f"product of {len(rows)} vectors", lambda: self._multiply(rows), signature)
         self._compare = False
         return products
@@ -96,17 +117,18 @@ class ObjectiveOperator(SymmetricOperator):
     def _whole_blocks(self, rows: Sequence[Tensor], positions: Sequence[Sequence[int]]) -> list[Tensor]:
         """Products with the whole diagonal blocks, all in one reduction."""
         ranks = self.objective.ranks
+        if self.objective.sharded:
+            with self.objective.holders.together(f"products of vectors of {len(rows)} blocks"):
+                return self._multiply_blocks(rows, positions)
         if ranks.alone:
             return self._multiply_blocks(rows, positions)
 
         def flat() -> Tensor:
             return torch.cat([part.reshape(-1) for part in self._multiply_blocks(rows, positions)])
 
-        shapes, place = (
-            [part.shape for part in rows],
-            f"products of {sum(map(len, rows))} vectors of {len(rows)} blocks",
-        )
-        parts = ranks.sum(place, flat).split([shape.numel() for shape in shapes])
+        shapes, place = [part.shape for part in rows], f"products of vectors of {len(rows)} blocks"
+        about = zlib.crc32(repr((shapes, [list(inside) for inside in positions])).encode())
+        parts = ranks.sum(place, flat, lambda: about).split([shape.numel() for shape in shapes])
         return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
     def _set_engine(
@@ -125,25 +147,26 @@ class ObjectiveOperator(SymmetricOperator):
             return GraphEngine(self.objective, weights, dtype, memory, micro_batch, build, batched, kind)
 
         if self.precision == "full":
-            with self.objective.ranks.together("making of graphs"):
-                self._engine = engine(self._weights, dtype, memory)
+            self._engine = engine(self._weights, dtype, memory)
             return
         # Full precision comes first, since it is what can tell a wrong derivative from rounding.
         full = copy.copy(self)
-        with self.objective.ranks.together("making of graphs"):
-            full._engine = engine(self._weights, dtype, 0, "ieee")
+        full._engine = engine(self._weights, dtype, 0, "ieee")
         pairs = true_products(full._whole, random_row(self.size, self.device, self.dtype))
-        with self.objective.ranks.together("making of coarser graphs"):
-            if self.precision == "tf32":
-                self._engine = engine(self._weights, dtype, memory, "tf32")
-            else:
-                self._weights = self._weights.rounded(torch.bfloat16)
-                self._engine = engine(self._weights, torch.bfloat16, memory)
+        if self.precision == "tf32":
+            self._engine = engine(self._weights, dtype, memory, "tf32")
+        else:
+            self._weights = self._weights.rounded(torch.bfloat16)
+            self._engine = engine(self._weights, torch.bfloat16, memory)
         self.precision_error = product_error(self._whole, pairs)
 
     def _precision_note(self) -> str:
         error = self.precision_error
         return "" if error is None else f", products in {self.precision} with an error of {error:.2g}"
+
+    @collectively
+    def __matmul__(self, other: Tensor) -> Tensor:
+        return super().__matmul__(other)
 
     def apply(self, rows: Tensor) -> Tensor:
         started, before = time.perf_counter(), self._engine.graphs_built
@@ -153,21 +176,33 @@ class ObjectiveOperator(SymmetricOperator):
         self.cost.seconds += time.perf_counter() - started
         return products
 
+    def traffic(self) -> CollectiveTraffic:
+        """What the ranks exchange for one product, counted in one; all ranks call it together."""
+        row = self.space.rademacher(1, seed=0, dtype=self.dtype, device=self.device)
+        self.refresh()
+        with Collectives() as collectives:
+            self.apply(row)
+        return collectives.traffic()
+
     def refresh(self) -> None:
         self._compare = not self.objective.ranks.alone
         if self._fingerprint is None:
             return
-        with self.objective.ranks.together("comparison of weights"):
+        with self.objective.holders.together("comparison of weights"):
             if not torch.equal(self._fingerprint, _fingerprint(self._live())):
+                made = "of sharded weights" if self.objective.sharded else "with share=True"
+                copy = "" if self.objective.sharded else ", or leave share out so that it keeps a copy"
                 raise StaleWeightsError(
-                    "the model's weights changed since this operator was made with share=True: make a new one, or "
-                    "leave share out so that it keeps a copy"
+                    f"the model's weights changed since this operator was made {made}: make a new one{copy}"
                 )
 
     def _live(self) -> list[Tensor]:
+        if self.objective.shards is not None:
+            return self.objective.shards.own_tensors()
         model = self.objective.model
         return [t.detach() for t in (*model.parameters(), *model.buffers())]
 
+    @collectively
     def block(self, selection: Selection) -> Self:
         """The diagonal block over some of the parameters, on the same graphs; its products cost less.
 
@@ -182,10 +217,11 @@ class ObjectiveOperator(SymmetricOperator):
         block.size = block.parameters.size
         block.cost = Cost()
         if isinstance(self._engine, FiniteDifferenceEngine):
-            with self.objective.ranks.together("check of a block"):
+            with self.objective.holders.together("check of a block"):
                 self._engine.check(block._positions)
         return block
 
+    @collectively
     def blocks(self, layers: Mapping[str, Selection] | None = None) -> Blocks:
         """Several diagonal blocks by name, multiplied together; by default one for each layer.
 
@@ -208,7 +244,7 @@ class ObjectiveOperator(SymmetricOperator):
     @property
     def unreached(self) -> list[str]:
         """Names of parameters that the loss does not depend on; their rows are zero."""
-        ranks = self.objective.ranks
+        ranks = self.objective.holders
         with ranks.together("search for parameters without influence"):
             self._engine.visit()
             reached = [bool(one) for one in self._engine.reached]
@@ -222,13 +258,15 @@ def _named(names: Sequence[str]) -> Selection:
     return lambda name, _: name in wanted
 
 
-def _signature(rows: Tensor) -> int:
-    """A number that differs where the first entries of vectors do."""
-    return zlib.crc32(rows[:, :COMPARED].contiguous().view(torch.uint8).cpu().numpy().tobytes())
+def _signature(rows: Tensor, positions: Sequence[int], names: Sequence[str]) -> int:
+    """A number that differs where vectors do, in entries evenly spread over them, or what they are vectors of."""
+    some = rows[:, :: max(1, -(-rows.shape[1] // COMPARED))].contiguous()
+    about = zlib.crc32(repr([names[i] for i in positions]).encode())
+    return zlib.crc32(some.view(torch.uint8).cpu().numpy().tobytes(), about)
 
 
 COMPARED = 4096
-"""Entries of the vectors of an algorithm's first product that ranks compare."""
+"""Entries of each vector of an algorithm's first product that ranks compare."""
 
 
 def _fingerprint(tensors: list[Tensor]) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from curvdiag.errors import ArgumentError, NonFiniteError
 from curvdiag.operators.base import SymmetricOperator
+from curvdiag.space import Space
 
 
 class Scaled(SymmetricOperator):
@@ -17,7 +18,7 @@ class Scaled(SymmetricOperator):
 
     Args:
         operator: ``A``, of order ``P``.
-        scale: The diagonal of ``S``, ``[P]``; copied. Zeros take a coordinate out.
+        scale: The diagonal of ``S``, ``[P]``, or what ``A.space`` has of it here; copied. Zeros take a coordinate out.
 
     Raises:
         ArgumentError: ``operator`` is no operator, or ``scale`` is not a vector of ``P`` real numbers.
@@ -30,16 +31,21 @@ class Scaled(SymmetricOperator):
                 f"Scaled takes an operator such as Hessian(objective), not {type(operator).__name__}; scale a dense "
                 "matrix yourself: scale[:, None] * matrix * scale"
             )
-        if not isinstance(scale, Tensor) or scale.shape != (operator.size,) or not scale.dtype.is_floating_point:
+        local = operator.space.local
+        if not isinstance(scale, Tensor) or scale.shape != (local,) or not scale.dtype.is_floating_point:
             given = f"{scale.dtype} {tuple(scale.shape)}" if isinstance(scale, Tensor) else type(scale).__name__
-            raise ArgumentError(f"scale is a real floating-point tensor of shape ({operator.size},), not {given}")
+            raise ArgumentError(f"scale is a real floating-point tensor of shape ({local},), not {given}")
         self.operator = operator
         self.size, self.device, self.cost = operator.size, operator.device, operator.cost
         self.dtype = torch.promote_types(operator.dtype, torch.float32)
         self.scale = scale.detach().to(device=self.device, dtype=self.dtype, copy=True)
         if not bool(self.scale.isfinite().all()):
             bad = int((~self.scale.isfinite()).sum())
-            raise NonFiniteError(f"{bad} of {self.size:,} entries of scale are not finite in {self.dtype}")
+            raise NonFiniteError(f"{bad} of {local:,} entries of scale are not finite in {self.dtype}")
+
+    @property
+    def space(self) -> Space:
+        return self.operator.space
 
     def apply(self, rows: Tensor) -> Tensor:
         inside = (rows * self.scale).to(self.operator.dtype)

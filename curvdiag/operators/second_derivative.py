@@ -19,7 +19,8 @@ from torch.autograd.function import BackwardCFunction
 
 from curvdiag.data import Batch, tensors_of
 from curvdiag.errors import CurvdiagWarning, LossError, NonFiniteError, SecondDerivativeError
-from curvdiag.objective import Objective, gradient
+from curvdiag.gradients import gradient
+from curvdiag.objective import Objective
 from curvdiag.operators.finite_difference import FiniteDifferenceEngine
 from curvdiag.weights import Weights
 
@@ -145,11 +146,22 @@ def check_symmetry(
     dtype = dtype or objective.dtype
     size, generator = objective.parameters.size, torch.Generator().manual_seed(1)
     u, v = (_random(size, generator).to(objective.device, dtype) for _ in range(2))
+    return compare_products(u, v, product, _dot_and_norm, rtol or torch.finfo(dtype).eps ** 0.3)
+
+
+def compare_products(
+    u: Tensor,
+    v: Tensor,
+    product: Callable[[Tensor], Tensor],
+    dot_and_norm: Callable[[Tensor, Tensor], tuple[float, float]],
+    tolerance: float,
+) -> bool:
+    """``u . H v = v . H u`` for random vectors of variance 1, however they are held; as :func:`check_symmetry`."""
     # For entries of variance 1 |H v| is the Frobenius norm in the mean, and so is u . H v in the root mean square.
-    forth, scale = _dot_and_norm(u, product(v))
-    back, other = _dot_and_norm(v, product(u))
+    forth, scale = dot_and_norm(u, product(v))
+    back, other = dot_and_norm(v, product(u))
     error, scale = abs(forth - back), max(scale, other)
-    if error > (rtol or torch.finfo(dtype).eps ** 0.3) * scale:
+    if error > tolerance * scale:
         raise SecondDerivativeError(
             f"the Hessian is not symmetric (two products that must agree differ by {error / scale:.2g} of its norm): "
             "an operation of the model or the loss has a wrong first or second derivative (gradient reversal and "

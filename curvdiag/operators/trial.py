@@ -11,7 +11,8 @@ from typing import Any, Literal
 import torch
 
 from curvdiag.data import Batch, sample_count
-from curvdiag.objective import Objective, gradients
+from curvdiag.gradients import gradients
+from curvdiag.objective import Objective
 from curvdiag.operators.gradient_graph import GradientGraph
 from curvdiag.operators.live_bytes import LiveBytes
 from curvdiag.operators.output_graph import OutputGraph
@@ -68,7 +69,7 @@ def try_out(objective: Objective, piece: Batch, matrix: str, dtype: torch.dtype 
     weights = objective.weights(dtype=dtype)
     build = functools.partial(GRAPHS[matrix], twin, weights, dtype=dtype, trusted=True)
     few, many = calibration(sample_count(piece), cut=objective.can_regroup)
-    counts = [many] if many in (few, objective.size) else [few, many]
+    counts = [many] if many in (few, objective.local_size) else [few, many]
     found = []
     for count in counts:
         batch = first_samples(piece, count)

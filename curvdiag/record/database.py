@@ -64,7 +64,8 @@ class Database:
         with translated(self.path, "open"):
             connection = connect(self.path, "rwc")
             try:
-                check(connection, self.path, new_allowed=True)
+                with transaction(connection, "BEGIN"):  # one moment: another process may be making the tables
+                    check(connection, self.path, new_allowed=True)
                 self.journal = prepare(connection, self.path)
             except BaseException:
                 connection.close()

@@ -75,6 +75,12 @@ def insert_events(connection: sqlite3.Connection, rows: list[Row]) -> None:
     connection.executemany("INSERT INTO events (run, step, kind, message, time) VALUES (?, ?, ?, ?, ?)", rows)
 
 
+def has_event(connection: sqlite3.Connection, event: Row) -> bool:
+    """Whether the file holds an event ``(run, step, kind, message)``."""
+    found = connection.execute("SELECT 1 FROM events WHERE run = ? AND step = ? AND kind = ? AND message = ?", event)
+    return found.fetchone() is not None
+
+
 def delete_beyond(connection: sqlite3.Connection, run: int, step: int) -> int:
     """Remove the measurements of a run after ``step``; how many there were."""
     return connection.execute("DELETE FROM measurements WHERE run = ? AND step > ?", (run, step)).rowcount

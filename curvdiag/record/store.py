@@ -7,7 +7,7 @@ import operator as operators
 import os
 import platform
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
@@ -58,12 +58,20 @@ class RunStore:
 
     # Runs
 
-    def new_run(self, name: str | None = None, config: Mapping[str, Any] | None = None) -> Run:
+    def new_run(
+        self,
+        name: str | None = None,
+        config: Mapping[str, Any] | None = None,
+        *,
+        unless: Callable[[RunInfo], bool] | None = None,
+    ) -> Run:
         """Begin a run.
 
         Args:
             name: How to call it; ``"run 3"`` for the third of the file if not given. Need not be unique.
             config: Whatever describes it. Kept as JSON; what JSON does not know is kept as its ``str``.
+            unless: Is asked of each run of the file. The latest for which it is true is continued, and none begun; of
+                several processes that do so at once only one begins it.
 
         Raises:
             StoreError: The file cannot be written.
@@ -73,6 +81,9 @@ class RunStore:
         except (TypeError, ValueError) as error:
             raise ArgumentError(f"the configuration of a run must become JSON, but {error}") from error
         with self._database.writing("begin a run in") as connection:
+            known = [info for info in queries.list_runs(connection) if unless(info)] if unless is not None else []
+            if known:
+                return Run(self, known[-1].id, known[-1].name)
             identity = connection.execute(
                 "INSERT INTO runs (name, created, config, versions) VALUES (?, ?, ?, ?)",
                 (name or "", time.time(), configuration, json.dumps(versions())),
@@ -254,6 +265,17 @@ class Run:
                 rows.insert_measurement(connection, head, scalar_rows, density_rows, keep=keep)
             rows.insert_events(connection, event_rows)
         self._continued_from = None
+
+    def event(self, step: int, kind: str, message: str) -> None:
+        """Record that something happened, unless the run holds the same event of this step.
+
+        Raises:
+            StoreError: The file cannot be written.
+        """
+        row = (self.id, whole_step(step), text(kind), text(message))
+        with self.store._database.writing("record in") as connection:
+            if not rows.has_event(connection, row):
+                rows.insert_events(connection, [(*row, time.time())])
 
     @property
     def info(self) -> RunInfo:

@@ -57,7 +57,7 @@ def factors(
         group.run(keep=True)
         found = {position: _of_group(group, position, scale) for position in parts}
         parts = {p: [*parts[p], own] for p, own in found.items() if own is not None}
-        if not parts or objective.size * sum(own[0].width for own in parts.values()) > numbers:
+        if not parts or objective.local_size * sum(own[0].width for own in parts.values()) > numbers:
             return {}
     return {position: _joined(own) for position, own in parts.items()}
 

@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.func import grad, vmap
 
 from curvdiag.data import Batch, can_cut, map_tensors, sample_count, take, tensors_of
+from curvdiag.gradients import gradients
 from curvdiag.memory import free_bytes
-from curvdiag.objective import Objective, gradients
+from curvdiag.objective import Objective
 from curvdiag.samples.calls import precise
 from curvdiag.sandbox import with_tensors
 from curvdiag.weights import Weights

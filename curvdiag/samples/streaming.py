@@ -39,6 +39,10 @@ def per_sample_gradients(
 
     Their mean is the objective's gradient. One forward and one backward pass for a batch, whatever ``chunk`` is.
 
+    On several ranks each goes through the samples that it holds, ``objective.first_sample`` and those after it, by
+    itself; with the factor above, which is of all of them, the mean over all ranks' rows is the gradient. Only the
+    picture of the weights, where none is given, is taken on all ranks together.
+
     Args:
         weights: Where; by default the model's present weights.
         dtype: To compute in.
@@ -124,7 +128,7 @@ def _merged(objective: Objective, weights: Weights, dtype: torch.dtype | None) -
     each = 3 * plan.numbers_per_sample * result_dtype(objective, dtype).itemsize
     if each == 0:
         most = 1
-    elif each * min(objective.size, LARGEST_GROUP) <= SMALL:
+    elif each * min(objective.local_size, LARGEST_GROUP) <= SMALL:
         most = LARGEST_GROUP
     else:
         most = min(LARGEST_GROUP, int(min(SHARE, free_bytes(objective.device) // 8) // each))

@@ -21,8 +21,8 @@ from curvdiag.estimate import Estimate
 from curvdiag.results import Result
 from curvdiag.scaling.haar import SpectralMoments, random_commutator, random_cosine, random_coupling
 from curvdiag.scaling.joint_traces import Means, joint_traces
+from curvdiag.seeds import Seed, resolve_seed
 from curvdiag.spectrum.lanczos import Progress
-from curvdiag.spectrum.probes import Seed, resolve_seed
 from curvdiag.spectrum.vectors import row_dots
 
 PROBES = 24

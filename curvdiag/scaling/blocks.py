@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import abc
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,14 +17,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from curvdiag.errors import ArgumentError, TooLargeError
-from curvdiag.memory import free_bytes, human_bytes
+from curvdiag.memory import human_bytes
 from curvdiag.objective import Objective
 from curvdiag.operators.hessian import Hessian
 from curvdiag.operators.noise import NoiseCovariance
 from curvdiag.samples import per_sample_gradients
+from curvdiag.scaling.alike import free_on_each
 from curvdiag.scaling.directions import direction_samples
 from curvdiag.scaling.kronecker import KroneckerLayer
 from curvdiag.scaling.power_law import DirectionSamples
+from curvdiag.scaling.rank_gram import values_on_ranks
 from curvdiag.spectrum.eigen import top_eigenpairs
 from curvdiag.spectrum.lanczos import Progress
 
@@ -65,7 +68,7 @@ class Basis:
 
 
 class Block(abc.ABC):
-    """One block over one set of samples."""
+    """One block over one set of samples, those of all ranks; its methods are called on all of them."""
 
     method: str
     default_directions: int
@@ -128,12 +131,17 @@ class _WithMatrices(Block):
 
     def eigenvectors(self, count: int, start: Tensor | None = None) -> Basis:
         values, vectors = self._eigen
-        return Basis(values[:count], vectors[:, :count])
+        leading, ranks = vectors[:, :count], self.objective.ranks
+        if not ranks.alone:  # where eigenvalues are close rounding turns their vectors, on each processor as it likes
+            leading = ranks.first_(leading.contiguous(), "eigenvectors of the first rank")
+        return Basis(values[:count], leading)
 
     @functools.cached_property
     def _eigen(self) -> tuple[Tensor, Tensor]:
-        values, vectors = torch.linalg.eigh(self.hessian)
-        return values.flip(0), vectors.flip(1)
+        matrix, ranks = self.hessian, self.objective.ranks
+        with ranks.together("eigenvectors of a matrix"):
+            values, vectors = torch.linalg.eigh(matrix)
+        return ranks.first_(values.flip(0), "eigenvalues of the first rank"), vectors.flip(1)
 
     def spectra(self) -> tuple[Array, Array]:
         return self._eigen[0].cpu().numpy(), self._noise_eigenvalues
@@ -161,14 +169,28 @@ class DenseBlock(_WithMatrices):
 
     @functools.cached_property
     def covariance(self) -> Tensor:
-        mean = torch.zeros(self.size, dtype=torch.float64, device=self.objective.device)
-        for rows in per_sample_gradients(self.objective, dtype=torch.float64):
-            mean += rows.sum(0) / self.samples
-        out = torch.zeros(self.size, self.size, dtype=torch.float64, device=self.objective.device)
-        for rows in per_sample_gradients(self.objective, dtype=torch.float64):
-            centred = rows - mean
-            out.addmm_(centred.T, centred, alpha=1 / self.samples)
-        return out
+        objective, ranks = self.objective, self.objective.ranks
+        weights = objective.weights(dtype=torch.float64)
+
+        def gradients() -> Iterator[Tensor]:
+            return per_sample_gradients(objective, weights, dtype=torch.float64)
+
+        def add_up() -> Tensor:
+            total = torch.zeros(self.size, dtype=torch.float64, device=objective.device)
+            for rows in gradients():
+                total += rows.sum(0) / self.samples
+            return total
+
+        mean = ranks.sum("mean gradient", add_up)
+
+        def add_squares() -> Tensor:
+            out = torch.zeros(self.size, self.size, dtype=torch.float64, device=objective.device)
+            for rows in gradients():
+                centred = rows - mean
+                out.addmm_(centred.T, centred, alpha=1 / self.samples)
+            return out
+
+        return ranks.sum("covariance of gradients", add_squares)
 
     def along(self, vectors: Tensor) -> DirectionSamples:
         return direction_samples(
@@ -215,6 +237,8 @@ class MatrixFreeBlock(Block):
     def noise_eigenvalues(self) -> Array | None:
         if self.samples > GRAM_LIMIT:
             return None
+        if not self.objective.ranks.alone:
+            return values_on_ranks(self.objective, self.dtype)
         try:
             values = self.covariance.gram().values[: min(self.samples, self.size)]
         except TooLargeError:
@@ -234,10 +258,11 @@ class MatrixFreeBlock(Block):
 
     def eigenvectors(self, count: int, start: Tensor | None = None) -> Basis:
         need = (3 * min(count, self.size) + 16) * self.size * self.hessian.dtype.itemsize
-        if need > free_bytes(self.objective.device):
+        free = free_on_each(self.objective)
+        if need > free:
             raise TooLargeError(
                 f"{count:,} eigenvectors of {self.size:,} parameters need about {human_bytes(need)}, more than the "
-                f"{human_bytes(free_bytes(self.objective.device))} free; ask for fewer directions, or give a block"
+                f"{human_bytes(free)} free; ask for fewer directions, or give a block"
             )
         pairs = top_eigenpairs(self.hessian, count, start=start, progress=self.progress)
         notes: tuple[str, ...] = ()
@@ -278,9 +303,10 @@ def open_block(
     """
     if method not in ("auto", "dense", "kronecker", "matrix-free"):
         raise ArgumentError(f"method is 'auto', 'dense', 'kronecker' or 'matrix-free', not {method!r}")
-    size, fits = objective.parameters.size, _fits(objective)
+    size, free = objective.parameters.size, free_on_each(objective)
+    fits = MATRICES * 8 * size**2 <= free
     if method in ("dense", "kronecker") and not fits:
-        raise _too_large(objective)
+        raise _too_large(size, free)
     if method == "kronecker" or (method == "auto" and size <= KRONECKER_LIMIT and fits):
         try:
             return KroneckerBlock(objective, squares=squares, progress=progress)
@@ -296,14 +322,9 @@ def open_block(
 MATRICES = 10
 
 
-def _fits(objective: Objective) -> bool:
-    return MATRICES * 8 * objective.parameters.size**2 <= free_bytes(objective.device)
-
-
-def _too_large(objective: Objective) -> TooLargeError:
-    size = objective.parameters.size
+def _too_large(size: int, free: int) -> TooLargeError:
     return TooLargeError(
         f"the test of a block of {size:,} parameters by dense matrices needs about "
-        f"{human_bytes(MATRICES * 8 * size**2)}, more than the {human_bytes(free_bytes(objective.device))} free; "
+        f"{human_bytes(MATRICES * 8 * size**2)}, more than the {human_bytes(free)} free; "
         "use method='matrix-free', or a smaller block="
     )

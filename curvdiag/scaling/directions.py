@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from curvdiag.data import Batch, can_cut, can_merge, merge, sample_count, take
+from curvdiag.distributed import ALONE
 from curvdiag.errors import ArgumentError, LossError, NonFiniteError, SecondDerivativeError
-from curvdiag.memory import free_bytes
 from curvdiag.objective import Objective
 from curvdiag.operators.gradient_graph import GradientGraph
 from curvdiag.operators.graphs import GraphEngine
+from curvdiag.scaling.alike import along_same, free_here, of_all
 from curvdiag.scaling.layer_derivatives import by_layers
 from curvdiag.scaling.power_law import DirectionSamples
 from curvdiag.scaling.sample_derivatives import (
@@ -49,6 +50,8 @@ def direction_samples(
 ) -> DirectionSamples:
     """``v_k . g_i``, ``v_k^T h_i v_k`` and with ``squares`` ``||h_i v_k||^2``, for each sample i and direction k.
 
+    On several ranks each looks at its own samples, and all of them get the numbers of all.
+
     ``g_i`` and ``h_i`` carry the weight ``N / Z`` that makes their plain means the objective's gradient and Hessian.
     All three come from what layers see, at the price of a few forward passes a direction for all samples together.
     Where a parameter is used in a way that is not known, slopes and curvatures come from nested forward mode, and
@@ -62,13 +65,14 @@ def direction_samples(
         squares: Whether to take the Hessian products of single samples.
         weights: A picture of the weights (its type is then what counts); by default one is taken now.
         dtype: Compute in another type than the model's.
-        progress: Called with (samples times directions done, planned).
+        progress: Called with (samples times directions done, planned), of the samples held here.
 
     Raises:
         LossError: The loss gives only a mean, or BatchNorm in train mode couples the samples.
         ArgumentError: The vectors do not have ``P`` rows.
         SecondDerivativeError: A second derivative is missing or wrong.
         NonFiniteError: A derivative is NaN or infinite.
+        DistributedError: Another rank failed, or has other directions.
     """
     if not objective.per_sample:
         raise LossError(f"derivatives along directions need the loss of each sample: {objective.why()}")
@@ -78,10 +82,16 @@ def direction_samples(
             f"{tuple(vectors.shape)}"
         )
     place = Place(objective, weights or objective.weights(dtype=dtype), dtype)
-    ways = _Ways.tried(place, squares=squares)
-    directions = place.directions(vectors)
+    with along_same(objective.ranks, vectors):
+        own = _of_these_samples(place, vectors, squares, progress)
+    return of_all(objective.ranks, own, objective.device)
+
+
+def _of_these_samples(place: Place, vectors: Tensor, squares: bool, progress: Progress | None) -> DirectionSamples:
+    """For the samples that this process holds."""
+    objective, ways, directions = place.objective, _Ways.tried(place, squares=squares), place.directions(vectors)
     parts: list[list[Tensor]] = []
-    done, planned = 0, objective.size * len(directions)
+    done, planned = 0, objective.local_size * len(directions)
     for piece in _pieces(objective, ways.at_once):
         for group in _groups(directions):
             parts.append(ways(place, piece, group))
@@ -181,7 +191,7 @@ def _check_against_engine(place: Place, few: Batch, random: Tensor, truth: Seque
         SecondDerivativeError: One is missing, or the samples' curvatures do not add up to a Hessian product.
     """
     objective = copy.copy(place.objective)
-    objective.batches = [few]
+    objective.batches, objective.ranks = [few], ALONE  # each rank tries its own samples
     objective.__dict__.pop("_graph_bytes", None)  # what so few samples tell is kept from the others
     engine: GraphEngine[GradientGraph] = GraphEngine(objective, place.weights, place.dtype, None, None)
     everything = range(len(objective.parameters))
@@ -201,7 +211,7 @@ def _check_against_engine(place: Place, few: Batch, random: Tensor, truth: Seque
             f"are off by {off:.2g}): an operation of the model or the loss has a wrong second derivative"
         )
     held = engine.plan.bytes_kept / max(1, sum(engine.plan.kept))
-    return max(1, min(PIECE, int(free_bytes(objective.device) / 4 / held))) if held else PIECE
+    return max(1, min(PIECE, int(free_here(place.objective) / 4 / held))) if held else PIECE
 
 
 def _pieces(objective: Objective, at_once: int) -> Iterator[Batch]:
@@ -227,7 +237,7 @@ def _groups(directions: Sequence[Direction], size: int = 64) -> Iterator[Sequenc
 def _chunk(place: Place) -> int:
     """Samples whose Hessian products are taken at once: a few copies of their parameters must fit."""
     each = 8 * sum(t.nbytes for t in place.weights.chosen)
-    return max(1, min(PIECE, free_bytes(place.objective.device) // 4 // max(each, 1)))
+    return max(1, min(PIECE, free_here(place.objective) // 4 // max(each, 1)))
 
 
 def _joined(parts: Sequence[Sequence[Tensor]], count: int, objective: Objective) -> DirectionSamples:

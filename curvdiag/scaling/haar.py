@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from curvdiag.errors import ArgumentError
-from curvdiag.spectrum.probes import Seed, resolve_seed
+from curvdiag.seeds import Seed, resolve_seed
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from curvdiag.distributed import collectively
 from curvdiag.errors import ArgumentError, NonFiniteError
 from curvdiag.estimate import Estimate
 from curvdiag.memory import free_bytes
 from curvdiag.noise.jackknife import jackknife
 from curvdiag.operators.base import LinearMap, linear_map
+from curvdiag.seeds import Seed, resolve_seed
 from curvdiag.spectrum.lanczos import Progress
-from curvdiag.spectrum.probes import Seed, rademacher, resolve_seed
-from curvdiag.spectrum.vectors import NON_FINITE, product, row_dots, working_dtype
+from curvdiag.spectrum.vectors import NON_FINITE, product, working_dtype
 
 # Vectors of size P that one probe needs at once: itself, Hz, Cz, CHz, HCz, and what a product takes.
 VECTORS_A_PROBE = 8
@@ -73,6 +74,7 @@ class Means(NamedTuple):
     commuted: float
 
 
+@collectively
 def joint_traces(H: Any, C: Any, probes: int, seed: Seed, commuted: bool, progress: Progress | None) -> JointTraces:
     """Exact from two dense matrices; else from 4 products for each random-sign probe, 2 without the commutator.
 
@@ -111,24 +113,26 @@ def _probed_traces(
     H: LinearMap, C: LinearMap, probes: int, seed: int, commuted: bool, progress: Progress | None
 ) -> dict[str, np.ndarray]:
     dtype = torch.promote_types(working_dtype(H), working_dtype(C))
-    room = free_bytes(H.device) // (VECTORS_A_PROBE * max(1, H.size * dtype.itemsize))
-    group, each = int(max(1, min(GROUP, room // 2))), 4 if commuted else 2
+    space = H.space
+    need = VECTORS_A_PROBE * space.longest * dtype.itemsize
+    room = space.fitting(free_bytes(H.device), 2 * need, H.device)
+    group, each = max(1, min(GROUP, room)), 4 if commuted else 2
     parts: dict[str, list[Tensor]] = {}
     for first in range(0, probes, group):
         count = min(group, probes - first)
-        z = rademacher(count, H.size, seed=seed, first=first, dtype=dtype, device=H.device)
+        z = space.rademacher(count, seed=seed, first=first, dtype=dtype, device=H.device)
         hz, cz = product(H, z), product(C, z.to(C.device)).to(z)
         found = {
-            "h": row_dots(z, hz),
-            "c": row_dots(z, cz),
-            "hh": row_dots(hz, hz),
-            "cc": row_dots(cz, cz),
-            "hc": row_dots(hz, cz),
+            "h": space.dots(z, hz),
+            "c": space.dots(z, cz),
+            "hh": space.dots(hz, hz),
+            "cc": space.dots(cz, cz),
+            "hc": space.dots(hz, cz),
             "commuted": torch.zeros(count),
         }
         if commuted:
             difference = product(C, hz.to(C.device)).to(z) - product(H, cz)
-            found["commuted"] = row_dots(difference, difference)
+            found["commuted"] = space.dots(difference, difference)
         for name, x in found.items():
             parts.setdefault(name, []).append(x.cpu())
         if progress is not None:

@@ -17,11 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from curvdiag.data import Batch, sample_count
+from curvdiag.distributed import ALONE, Ranks
 from curvdiag.errors import ArgumentError, LossError, TooLargeError
-from curvdiag.memory import free_bytes, human_bytes
+from curvdiag.memory import human_bytes
 from curvdiag.objective import Objective
 from curvdiag.operators.gradient_graph import GradientGraph
 from curvdiag.operators.graphs import GraphEngine
+from curvdiag.scaling.alike import along_same, free_here, of_all, on_all
 from curvdiag.scaling.power_law import DirectionSamples
 from curvdiag.weights import Weights
 
@@ -33,15 +35,22 @@ CHUNK = 1 << 24
 class KroneckerLayer:
     """One weight matrix ``[out, in]`` as a block; a vector of it is ``weight.reshape(-1)``. All in float64.
 
+    Of several ranks each holds the factors of its own samples. What is asked for is that of all of them: moments are
+    summed, what lies along directions is told one rank after the other, and all ranks ask.
+
     Attributes:
         activations: ``a_i`` ``[N, in]``, the layer's inputs.
         output_gradients: ``delta_i`` ``[N, out]``, with the samples' weights ``N / Z``.
         output_hessians: ``A_i`` ``[N, out, out]``, with the same weights.
+        ranks: The processes that measure together.
+        total: ``N`` of all ranks; by default that of this one.
     """
 
     activations: Tensor
     output_gradients: Tensor
     output_hessians: Tensor
+    ranks: Ranks = ALONE
+    total: int | None = None
 
     @classmethod
     def of(cls, objective: Objective) -> KroneckerLayer:
@@ -58,12 +67,16 @@ class KroneckerLayer:
         layer = _layer(objective)
         _check_memory(objective, layer)
         weights = objective.weights(dtype=torch.float64)
-        parts = [_look(objective, weights, layer, batch) for batch in objective.batches]
-        scale = objective.size / objective.total_weight
-        activations, gradients, hessians = (torch.cat(column) for column in zip(*parts, strict=True))
-        found = cls(activations, gradients * scale, hessians * scale)
-        _verify(found, objective, weights)
-        return found
+
+        def of_these_samples() -> KroneckerLayer:
+            parts = [_look(objective, weights, layer, batch) for batch in objective.batches]
+            scale = objective.size / objective.total_weight
+            activations, gradients, hessians = (torch.cat(column) for column in zip(*parts, strict=True))
+            found = cls(activations, gradients * scale, hessians * scale, objective.ranks, objective.size)
+            _verify(found, objective, weights)
+            return found
+
+        return on_all(objective.ranks, "look at a fully connected layer", of_these_samples, (ArgumentError,))
 
     @property
     def size(self) -> int:
@@ -72,7 +85,29 @@ class KroneckerLayer:
 
     @property
     def samples(self) -> int:
-        return len(self.activations)
+        """``N``, of all ranks."""
+        return len(self.activations) if self.total is None else self.total
+
+    def gathered(self, free: int) -> KroneckerLayer:
+        """The same layer with the samples of all ranks on each of them, one rank's after the other's.
+
+        Args:
+            free: Bytes that are free on each rank.
+
+        Raises:
+            TooLargeError: They do not fit into these.
+        """
+        if self.ranks.alone:
+            return self
+        factors = self.activations, self.output_gradients, self.output_hessians
+        need = 3 * 8 * self.samples * sum(factor[0].numel() for factor in factors)
+        if need > free:
+            raise TooLargeError(
+                f"the factors of {self.samples:,} samples need {human_bytes(need)} to be put together on each rank, "
+                f"more than the {human_bytes(free)} free; measure on fewer samples"
+            )
+        inputs, gradients, hessians = (self.ranks.concatenate(factor, 0, "factors of a layer") for factor in factors)
+        return KroneckerLayer(inputs, gradients, hessians)
 
     def hessian(self) -> Tensor:
         """``H = (1/N) sum_i A_i kron a_i a_i^T`` ``[D, D]``."""
@@ -86,24 +121,37 @@ class KroneckerLayer:
     def covariance(self) -> Tensor:
         """``C = (1/N) sum_i g_i g_i^T - g g^T`` ``[D, D]``, from centred gradients."""
         mean = self.gradient()
-        out = torch.zeros(self.size, self.size, dtype=torch.float64, device=self.activations.device)
-        for part in self._chunks(self.size):
-            rows = torch.einsum("no,ni->noi", self.output_gradients[part], self.activations[part]).flatten(1)
-            rows -= mean
-            out.addmm_(rows.T, rows, alpha=1 / self.samples)
-        return out
+
+        def add_up() -> Tensor:
+            out = torch.zeros(self.size, self.size, dtype=torch.float64, device=self.activations.device)
+            for part in self._chunks(self.size):
+                rows = torch.einsum("no,ni->noi", self.output_gradients[part], self.activations[part]).flatten(1)
+                rows -= mean
+                out.addmm_(rows.T, rows, alpha=1 / self.samples)
+            return out
+
+        return self.ranks.sum("covariance of a layer", add_up)
 
     def gradient(self) -> Tensor:
         """``g = (1/N) sum_i delta_i a_i^T`` ``[D]``."""
-        return (self.output_gradients.T @ self.activations).reshape(-1) / self.samples
+        return self.ranks.sum(
+            "gradient of a layer",
+            lambda: (self.output_gradients.T @ self.activations).reshape(-1) / self.samples,
+        )
 
     def along(self, vectors: Tensor, *, squares: bool = True) -> DirectionSamples:
         """Slopes, curvatures and squares of every sample along the columns of ``[D, n]``.
 
         With ``u = V_k a_i`` they are ``delta . u``, ``u^T A u`` and ``|a|^2 |A u|^2``.
         """
+        with along_same(self.ranks, vectors):
+            own = self._along(vectors, squares)
+        return of_all(self.ranks, own, self.activations.device)
+
+    def _along(self, vectors: Tensor, squares: bool) -> DirectionSamples:
         outputs, inputs = self.output_gradients.shape[1], self.activations.shape[1]
-        found = [torch.empty(self.samples, vectors.shape[1], dtype=torch.float64) for _ in range(2 + squares)]
+        count = len(self.activations)
+        found = [torch.empty(count, vectors.shape[1], dtype=torch.float64) for _ in range(2 + squares)]
         few = max(1, min(vectors.shape[1], 64))
         for start in range(0, vectors.shape[1], few):
             group = vectors[:, start : start + few].to(self.activations)
@@ -121,11 +169,12 @@ class KroneckerLayer:
 
     def largest_curvature(self) -> float | None:
         """``kappa_max``, the largest eigenvalue of any ``h_i``; None where one of them has a negative eigenvalue."""
-        values = torch.cat([torch.linalg.eigvalsh(self.output_hessians[part]) for part in self._chunks(1024)])
-        lengths = self.activations.square().sum(1)
-        if float(values[:, 0].min()) < -1e-9 * float(values[:, -1].abs().max()):
-            return None
-        return float((values[:, -1] * lengths).max())
+        with self.ranks.together("largest curvature of a sample"):
+            values = torch.cat([torch.linalg.eigvalsh(self.output_hessians[part]) for part in self._chunks(1024)])
+            largest = (values[:, -1] * self.activations.square().sum(1)).max()
+            own = float(values[:, 0].min()), float(values[:, -1].abs().max()), float(largest)
+        lowest, sizes, curvatures = zip(*self.ranks.gather(own), strict=True)
+        return None if min(lowest) < -1e-9 * max(sizes) else max(curvatures)
 
     def _sum(self, factors: Tensor) -> Tensor:
         """``(1/N) sum_i F_i kron a_i a_i^T`` for symmetric ``F_i`` ``[N, out, out]``."""
@@ -133,16 +182,21 @@ class KroneckerLayer:
         # Both factors are symmetric: one product of their upper triangles is a quarter of the work.
         upper, places = _triangle(outputs, factors.device)
         pairs, columns = _triangle(inputs, factors.device)
-        out = torch.zeros(upper.shape[1], pairs.shape[1], dtype=torch.float64, device=factors.device)
-        for part in self._chunks(upper.shape[1] + pairs.shape[1]):
-            a = self.activations[part]
-            out.addmm_(factors[part][:, *upper].T, a[:, pairs[0]] * a[:, pairs[1]], alpha=1 / self.samples)
+
+        def add_up() -> Tensor:
+            out = torch.zeros(upper.shape[1], pairs.shape[1], dtype=torch.float64, device=factors.device)
+            for part in self._chunks(upper.shape[1] + pairs.shape[1]):
+                a = self.activations[part]
+                out.addmm_(factors[part][:, *upper].T, a[:, pairs[0]] * a[:, pairs[1]], alpha=1 / self.samples)
+            return out
+
+        out = self.ranks.sum("sum of outer products", add_up)
         return out[places[:, None, :, None], columns[None, :, None]].reshape(self.size, self.size)
 
     def _chunks(self, width: int) -> list[slice]:
-        """Runs of samples whose intermediate products of ``width`` numbers each stay small."""
-        step = max(1, CHUNK // max(width, 1))
-        return [slice(start, min(start + step, self.samples)) for start in range(0, self.samples, step)]
+        """Runs of the samples held here whose intermediate products of ``width`` numbers each stay small."""
+        count, step = len(self.activations), max(1, CHUNK // max(width, 1))
+        return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
 
 def _triangle(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -165,12 +219,14 @@ def _layer(objective: Objective) -> nn.Linear:
 
 
 def _check_memory(objective: Objective, layer: nn.Linear) -> None:
-    need = objective.size * (layer.out_features**2 + 2 * layer.out_features + layer.in_features) * 8
-    if 2 * need > free_bytes(objective.device):
+    """Whether the factors of each rank's samples fit; the same answer on all of them."""
+    numbers = layer.out_features**2 + 2 * layer.out_features + layer.in_features
+    need, free = 2 * 8 * objective.local_size * numbers, free_here(objective)
+    if objective.ranks.least(free - need, "free memory") < 0:
         raise TooLargeError(
-            f"the output Hessians of {objective.size:,} samples in {layer.out_features:,} outputs need "
-            f"{human_bytes(2 * need)}, more than the {human_bytes(free_bytes(objective.device))} free; measure on "
-            "fewer samples, or use method='matrix-free'"
+            f"the output Hessians of {objective.local_size:,} samples in {layer.out_features:,} outputs need "
+            f"{human_bytes(need)}, more than the {human_bytes(free)} free"
+            f"{'' if need > free else ' on another rank'}; measure on fewer samples, or use method='matrix-free'"
         )
 
 

@@ -17,18 +17,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from curvdiag.data import Batch
+from curvdiag.distributed import collectively
 from curvdiag.errors import ArgumentError, LossError, TooLargeError
 from curvdiag.objective import Objective
 from curvdiag.parameters import Selection
 from curvdiag.scaling.alignment import alignment, windows
+from curvdiag.scaling.alike import free_on_each, on_all
 from curvdiag.scaling.blocks import Basis, Block, KroneckerBlock, Method, open_block
 from curvdiag.scaling.duality import Duality, activity_weight_duality
 from curvdiag.scaling.haar import random_coupling
 from curvdiag.scaling.power_law import Directions, DirectionSamples, measure_power_law
 from curvdiag.scaling.result import Bounds, ScalingResult
 from curvdiag.scaling.verdict import Verdict, judge
+from curvdiag.seeds import Seed, resolve_seed
 from curvdiag.spectrum.lanczos import Progress
-from curvdiag.spectrum.probes import Seed, resolve_seed
 
 Array = NDArray[np.float64]
 
@@ -38,6 +40,7 @@ TOP, BULK, COUPLED = 100, 900, 100
 SAMPLES_A_DIRECTION = 25
 
 
+@collectively
 def scaling_test(
     objective: Objective,
     block: Selection | None = None,
@@ -92,8 +95,11 @@ def scaling_test(
         LossError: The loss gives only a mean, or BatchNorm in train mode couples the samples.
         TooLargeError: Dense matrices do not fit, or a parameter basis was asked for where the diagonal of H cannot be
             had exactly; the message says what to do.
-        ArgumentError: An argument is out of its range, or H has no positive eigenvalue.
+        ArgumentError: An argument is out of its range, H has no positive eigenvalue, or the weights are sharded.
+        DistributedError: Another rank failed, or was given other arguments.
     """
+    if objective.shards is not None:
+        raise objective.shards.refuse_whole()
     if not objective.per_sample:
         raise LossError(f"the test of C against H needs the loss of each sample: {objective.why()}")
     if basis not in ("hessian", "parameter"):
@@ -102,6 +108,8 @@ def scaling_test(
         raise ArgumentError(f"a power law needs at least 3 directions, not {directions}")
     number = resolve_seed(seed)
     target = objective if block is None else objective.restricted_to(block)
+    given = f"{basis=}, {directions=}, {counts=}, {method=}, {holdout=}, {squares=}, {duality=}, {bootstrap=}, "
+    target.ranks.agree("arguments", given + f"{level=}, seed={number}, {dtype=}")
     whole = open_block(target, method, squares=squares, dtype=dtype, progress=progress)
     fit = functools.partial(measure_power_law, counts=counts, bootstrap=bootstrap, level=level, seed=number)
     held_out, start, notes = None, None, []
@@ -175,15 +183,21 @@ def _shared(
 
 def _duality(whole: Block, directions: Tensor, samples: DirectionSamples, notes: list[str]) -> Duality | None:
     """The activity-weight duality of a fully connected layer with class labels; None for anything else."""
-    labels = [part for part in map(_labels, whole.objective.batches) if part is not None]
-    if not isinstance(whole, KroneckerBlock) or len(labels) < len(whole.objective.batches):
+    if not isinstance(whole, KroneckerBlock):
         return None
-    layer, weight = whole.layer, whole.objective.weights().chosen[0]
-    factors = layer.activations, torch.cat(labels).to(weight.device), layer.output_gradients, layer.output_hessians
+    ranks, batches = whole.objective.ranks, whole.objective.batches
+    labels = [part for part in map(_labels, batches) if part is not None]
+    if not all(ranks.gather(len(labels) == len(batches), "search for labels")):
+        return None
+    weight, covariance = whole.objective.weights().chosen[0], whole.covariance
+    classes = ranks.concatenate(torch.cat(labels).to(weight.device), 0, "labels")
     try:
-        return activity_weight_duality(
-            weight, *factors, directions=directions, covariance=whole.covariance, along=samples
+        layer = whole.layer.gathered(free_on_each(whole.objective))  # the partner may be on any rank
+        factors = layer.activations, classes, layer.output_gradients, layer.output_hessians
+        found = functools.partial(
+            activity_weight_duality, weight, *factors, directions=directions, covariance=covariance, along=samples
         )
+        return on_all(ranks, "activity-weight duality", found, (ArgumentError, TooLargeError))
     except (ArgumentError, TooLargeError) as error:
         notes.append(f"no activity-weight duality: {error}")
         return None

@@ -21,7 +21,7 @@ from curvdiag.results import Result
 from curvdiag.scaling import fits
 from curvdiag.scaling.bootstrap import Moments, corrected_interval
 from curvdiag.scaling.departure import Departure, departure
-from curvdiag.spectrum.probes import Seed, resolve_seed
+from curvdiag.seeds import Seed, resolve_seed
 
 Array = NDArray[np.float64]
 METHODS = ("ols", "theil-sen", "deming")

@@ -3,8 +3,9 @@
 In the loop ``optimizer.step()`` comes first, after which an attached monitor measures, and then the ``step()`` of each
 schedule. A checkpoint holds the states of the optimizer, the monitor and every schedule.
 
-With several ranks all must choose alike, or their weights drift apart. Either each has a monitor with the same probe
-batches and a cadence in steps; or one of them measures, and a function gives its measurement to all::
+With several ranks all must choose alike, or their weights drift apart. They do where all measure together, with
+``Objective(..., group="world")``: then every monitor holds the same numbers. Otherwise each has a monitor with the same
+probe batches and a cadence in steps; or one of them measures, and a function gives its measurement to all::
 
     def measured():  # on every rank
         box = [monitor.latest if rank == 0 else None]

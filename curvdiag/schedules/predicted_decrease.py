@@ -7,10 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvdiag.distributed import collectively
 from curvdiag.errors import ArgumentError
 from curvdiag.operators.base import linear_map
+from curvdiag.space import Space
 
 
+@collectively
 def predicted_decrease(operator: Any, gradient: Tensor, directions: Tensor) -> Tensor:
     """``(g . d)^2 / (2 d^T A d)`` for each direction, ``[k]`` in double precision.
 
@@ -20,8 +23,8 @@ def predicted_decrease(operator: Any, gradient: Tensor, directions: Tensor) -> T
 
     Args:
         operator: Any square symmetric object with ``shape`` and ``@``.
-        gradient: ``g``, ``[P]``.
-        directions: As columns, ``[P, k]``. The transpose of contiguous rows is not copied.
+        gradient: ``g``, ``[P]``; ``[local]`` where each rank holds a part of it.
+        directions: As columns, ``[P, k]`` or ``[local, k]``. The transpose of contiguous rows is not copied.
 
     Returns:
         NaN where there is no such step: ``d^T A d`` is not positive beyond rounding, ``d`` leads uphill
@@ -31,17 +34,18 @@ def predicted_decrease(operator: Any, gradient: Tensor, directions: Tensor) -> T
         ArgumentError: The shapes do not agree.
     """
     matrix = linear_map(operator)
-    if gradient.shape != (matrix.size,) or directions.ndim != 2 or len(directions) != matrix.size:
+    space, local = matrix.space, matrix.space.local
+    if gradient.shape != (local,) or directions.ndim != 2 or len(directions) != local:
         raise ArgumentError(
-            f"beside an operator of order {matrix.size} the gradient has shape ({matrix.size},) and the directions "
-            f"have ({matrix.size}, k), not {tuple(gradient.shape)} and {tuple(directions.shape)}"
+            f"beside an operator of order {matrix.size} the gradient has shape ({local},) and the directions "
+            f"have ({local}, k), not {tuple(gradient.shape)} and {tuple(directions.shape)}"
         )
     rows = directions.detach().to(device=matrix.device, dtype=matrix.dtype).T.contiguous()
     products = matrix.apply(rows)
-    slopes = (rows * gradient.detach().to(rows)).sum(1, dtype=torch.float64)
-    curvatures = (rows * products).sum(1, dtype=torch.float64)
+    slopes = _sums(space, rows * gradient.detach().to(rows))
+    curvatures = _sums(space, rows * products)
     # Where positive and negative parts cancel, what is left below this is the rounding of the sum, of either sign.
-    rounding = torch.finfo(matrix.dtype).eps * _norms(rows) * _norms(products)
+    rounding = torch.finfo(matrix.dtype).eps * _norms(space, rows) * _norms(space, products)
     kept = (curvatures > rounding) & (slopes >= 0)
     return torch.where(kept, slopes.square() / (2 * curvatures), torch.nan)
 
@@ -55,5 +59,11 @@ def candidates(p_max: float) -> tuple[float, ...]:
     return (*found, float(p_max))
 
 
-def _norms(rows: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+def _sums(space: Space, rows: Tensor) -> Tensor:
+    return space.complete(space.counted(rows).sum(1, dtype=torch.float64))
+
+
+def _norms(space: Space, rows: Tensor) -> Tensor:
+    if space.whole:
+        return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+    return space.dots(rows, rows).sqrt()

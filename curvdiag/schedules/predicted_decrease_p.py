@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from curvdiag.errors import ArgumentError, CurvdiagError, LossError, NonFiniteError
+from curvdiag.gradients import gradient as gradient_of
 from curvdiag.monitor import CurvatureMonitor
 from curvdiag.objective import Objective
-from curvdiag.objective import gradient as gradient_of
 from curvdiag.operators import GaussNewton, Hessian
 from curvdiag.schedules.p_directions import Layout
 from curvdiag.schedules.p_scheduler import EUCLIDEAN, PScheduler, group_names, require_p
@@ -110,7 +110,7 @@ class PredictedDecreaseP(PScheduler):
         self.objective: Objective | None = source.objective if isinstance(source, CurvatureMonitor) else None
         if isinstance(source, Objective):
             self.objective = source
-            warn_of_ranks(name)
+            warn_of_ranks(name, source.holders)
         self._slope = source if callable(source) else None
         self._grid = _grid(grid)
         self._followed = Followed(smoothing)
@@ -197,8 +197,18 @@ class PredictedDecreaseP(PScheduler):
             self._trigger.record({f"schedule/predicted_decrease_p/{key}": value for key, value in scalars.items()})
 
     def _measure(self) -> float | None:
-        """Find the winners. The source calls it, and survives whatever it raises."""
+        """Find the winners, on all ranks or on none. The source calls it, and survives what it raises."""
         self._attempted = True
+        if self.objective is None or self.objective.holders.alone:
+            return self._find()
+        try:
+            with self.objective.holders.together(f"measurement of {type(self).__name__}"):
+                return self._find()
+        except Exception:
+            self._winners = {}  # one rank may have come further than another
+            raise
+
+    def _find(self) -> float | None:
         found = self._slope() if self._slope is not None else self._slope_and_curvature()
         if found is None:
             self._attempted = False
@@ -228,7 +238,8 @@ class PredictedDecreaseP(PScheduler):
         objective, dtype = self.objective, self._dtype
         assert objective is not None
         batches = list(objective.micro_batches(self.options.get("micro_batch")))
-        slope = gradient_of(objective, objective.weights(dtype=dtype), batches, dtype)
+        weights = objective.weights(dtype=dtype)
+        slope = objective.ranks.sum("slope", lambda: gradient_of(objective, weights, batches, dtype))
         return slope, self._operator(objective)
 
     def _winner(

@@ -12,7 +12,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from curvdiag.errors import ArgumentError
+from curvdiag.distributed import Ranks
+from curvdiag.errors import ArgumentError, out_of_step
 from curvdiag.estimate import Estimate
 from curvdiag.monitor import CurvatureMonitor, Measurement
 
@@ -110,6 +111,8 @@ class Source:
         try:
             found = self._from_monitor() if isinstance(self.source, CurvatureMonitor) else self._from_call(step)
         except Exception as error:
+            if out_of_step(error):  # no choice would be that of the other ranks
+                raise
             self.hold(type(error).__name__, f"the measurement failed: {type(error).__name__}: {error}", step)
             return None
         if found is None:
@@ -140,7 +143,8 @@ class Source:
         if kind not in self._complained:
             self._complained.add(kind)
             self.noticed = message
-            log.warning("%s: %s", self.owner, message)
+            if self._monitor is None or self._monitor.ranks.first:  # one rank speaks for all that measure together
+                log.warning("%s: %s", self.owner, message)
             if self._monitor is not None and not self._monitor.closed:
                 self._monitor.event("schedule", f"{self.owner}: {message}")
 
@@ -186,14 +190,14 @@ class Source:
                 f"{self.owner} needs a monitor that measures {', '.join(missing)}; this one measures {have}: "
                 f"CurvatureMonitor(..., measure={[*monitor.settings.quantities, *missing]})"
             )
-        if monitor.depends_on_clock:
+        if monitor.depends_on_clock and monitor.ranks.first:
             log.warning(
                 "%s follows a monitor whose cadence reads the clock, so that two runs differ and a resumed one is "
                 "not bit-identical; give the monitor every= or another cadence in steps",
                 self.owner,
             )
         monitor.measure_cold()  # a resumed run must read the same numbers
-        warn_of_ranks(self.owner)
+        warn_of_ranks(self.owner, monitor.ranks)
 
     def _unread(self) -> tuple[int, dict[str, float]] | None:
         """The monitor's last measurement, if it was not read yet: its step, and the numbers."""
@@ -284,16 +288,17 @@ class Followed:
         self.history = deque((Choice(*one) for one in state["history"]), maxlen=KEPT)
 
 
-def warn_of_ranks(owner: str) -> None:
-    """Say that every rank must measure the same, where there are several."""
+def warn_of_ranks(owner: str, ranks: Ranks) -> None:
+    """Say that every rank must measure the same, where there are several that do not all measure together."""
     distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+    count = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+    if count > ranks.count and ranks.alone:
         log.warning(
             "%s chooses on each of %d ranks by that rank's own measurement, and the weights drift apart where these "
-            "differ: give all ranks the same probe batches and a cadence in steps, or a function that broadcasts the "
-            "measurement of one rank",
+            'differ: let all of them measure together, with Objective(..., group="world"); or give all the same probe '
+            "batches and a cadence in steps, or a function that broadcasts the measurement of one rank",
             owner,
-            distributed.get_world_size(),
+            count,
         )
 
 

@@ -19,10 +19,10 @@ from curvdiag.errors import ArgumentError, NonFiniteError
 from curvdiag.estimate import Estimate
 from curvdiag.operators.base import linear_map
 from curvdiag.results import Result
+from curvdiag.seeds import Seed, resolve_seed
 from curvdiag.spectrum.density import ROUNDING, SpectralDensity, spectral_density
 from curvdiag.spectrum.eigen import Eigenpairs, top_eigenpairs
 from curvdiag.spectrum.lanczos import Progress
-from curvdiag.spectrum.probes import Seed, resolve_seed
 
 # Nodes of different probes this close, in kernel widths, are one eigenvalue.
 SAME = 0.01

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
+from curvdiag.distributed import collectively
 from curvdiag.estimate import Estimate
 from curvdiag.memory import free_bytes
 from curvdiag.modes import outside_modes
 from curvdiag.operators.base import LinearMap, linear_map
 from curvdiag.results import Result
+from curvdiag.seeds import Seed, resolve_seed
 from curvdiag.spectrum.anisotropy import Anisotropy, anisotropy
 from curvdiag.spectrum.deflation import Deflate, Deflation, check_deflate, deflation_of
 from curvdiag.spectrum.density import SpectralDensity, check_counts, density_outside
@@ -21,7 +23,6 @@ from curvdiag.spectrum.eigen import Eigenpairs, check_wanted, search_eigenpairs
 from curvdiag.spectrum.first_run import FirstRun, settled_pairs
 from curvdiag.spectrum.krylov import Subspace
 from curvdiag.spectrum.lanczos import Progress
-from curvdiag.spectrum.probes import Seed, rademacher, resolve_seed
 from curvdiag.spectrum.vectors import working_dtype
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ class SpectrumMeasurement(Result):
 
 
 @outside_modes
+@collectively
 def measure_spectrum(
     op: Any,
     k: int = 5,
@@ -135,19 +137,21 @@ def measure_spectrum(
 
 def _first_run(operator: LinearMap, k: int, steps: int, probes: int, seed: int) -> FirstRun | None:
     """A run for as long as deflating what it finds pays, with room to search on; ``None`` where that does not fit."""
-    size, dtype = operator.size, working_dtype(operator)
-    limit = min(steps, size)
+    space, dtype = operator.space, working_dtype(operator)
+    limit = min(steps, operator.size)
     length = max(limit, 2 * k) + k + ROOM
-    if length * 3 // 2 * size * dtype.itemsize > free_bytes(operator.device) // 2:
+    need = length * 3 // 2 * space.longest * dtype.itemsize
+    if space.fitting(free_bytes(operator.device), 2 * need, operator.device) < 1:
         return None
-    run = FirstRun(operator, rademacher(1, size, seed=seed, dtype=dtype, device=operator.device), length)
+    run = FirstRun(operator, space.rademacher(1, seed=seed, dtype=dtype, device=operator.device), length)
     run.go_on_while_it_pays(limit, steps * probes, None)
     return run
 
 
 def _deflation(operator: LinearMap, space: Subspace, deflate: Deflate, used: int) -> Deflation:
     chosen, note = settled_pairs(space)[: None if deflate == "auto" else deflate], ""
-    room = free_bytes(operator.device) // 2 // (operator.size * working_dtype(operator).itemsize)
+    vector = operator.space.longest * working_dtype(operator).itemsize
+    room = operator.space.fitting(free_bytes(operator.device), 2 * vector, operator.device)
     if len(chosen) > room:
         note = f"{room} of {len(chosen)} known eigenvalues deflated, for want of memory"
         chosen = chosen[:room]

@@ -21,7 +21,6 @@ from curvdiag.operators.base import LinearMap
 from curvdiag.spectrum.first_run import FirstRun, ritz_pairs, settled_pairs
 from curvdiag.spectrum.krylov import Subspace
 from curvdiag.spectrum.lanczos import Progress, Tridiagonal
-from curvdiag.spectrum.probes import rademacher
 from curvdiag.spectrum.projection import Projection, plan_projection
 from curvdiag.spectrum.vectors import working_dtype
 
@@ -76,7 +75,7 @@ def find_deflation(
     length, note = fitting(operator, k, limit)
     if length == 0:
         return Deflation(np.empty(0), None, 0, note=note)
-    start = rademacher(1, size, seed=seed, dtype=working_dtype(operator), device=operator.device)
+    start = operator.space.rademacher(1, seed=seed, dtype=working_dtype(operator), device=operator.device)
     run = FirstRun(operator, start, length)
     if auto:
         run.go_on_while_it_pays(min(limit, length), steps * probes, progress)
@@ -113,7 +112,7 @@ def deflation_of(space: Subspace, chosen: np.ndarray, *, used: int = 0, note: st
     values, coefficients, residuals = ritz_pairs(space)
     rest = np.delete(values, chosen)
     rows = space.vectors(coefficients[:, torch.from_numpy(chosen)])
-    projection = plan_projection(rows, values[chosen], residuals[chosen], rest)
+    projection = plan_projection(space.operator.space, rows, values[chosen], residuals[chosen], rest)
     return Deflation(values[chosen], projection, space.matvecs, used=used, note=note)
 
 
@@ -123,8 +122,9 @@ def fitting(operator: LinearMap, k: int, limit: int) -> tuple[int, str]:
     With ``k`` given, ``k`` vectors beside it are deflated, and where not all fit the run restarts at ``k + 10``.
     Without, as many as half of the run's.
     """
-    vector = operator.size * working_dtype(operator).itemsize
-    room = free_bytes(operator.device) // 2 // max(vector, 1)
+    space = operator.space
+    vector = space.longest * working_dtype(operator).itemsize
+    room = space.fitting(free_bytes(operator.device), 2 * vector, operator.device)
     if limit + 1 + (k or limit // 2) <= room:
         return limit, ""
     if k and k + 11 + k <= room:

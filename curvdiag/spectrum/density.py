@@ -12,16 +12,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from curvdiag.distributed import collectively
 from curvdiag.errors import ArgumentError
 from curvdiag.estimate import Estimate
 from curvdiag.memory import free_bytes
 from curvdiag.modes import outside_modes
 from curvdiag.operators.base import LinearMap, linear_map
 from curvdiag.results import Result
+from curvdiag.seeds import Seed, resolve_seed
 from curvdiag.spectrum.accuracy import check_rtol, reach
 from curvdiag.spectrum.deflation import Deflate, Deflation, find_deflation
 from curvdiag.spectrum.lanczos import Progress, Reorthogonalize
-from curvdiag.spectrum.probes import Seed, resolve_seed
 from curvdiag.spectrum.quadrature import Quadrature
 from curvdiag.spectrum.vectors import working_dtype
 
@@ -167,6 +168,7 @@ class SpectralDensity(Result):
 
 
 @outside_modes
+@collectively
 def spectral_density(
     op: Any,
     *,
@@ -293,5 +295,6 @@ def _kernels(points: np.ndarray, nodes: np.ndarray, weights: np.ndarray, width: 
 
 def lockstep(operator: LinearMap, probes: int, stored: int) -> int:
     """How many probes fit at once: three vectors and their products each, in at most half the free memory."""
-    one = (5 + stored) * operator.size * working_dtype(operator).itemsize
-    return int(max(1, min(probes, free_bytes(operator.device) // 2 // max(one, 1))))
+    space, device = operator.space, operator.device
+    one = (5 + stored) * space.longest * working_dtype(operator).itemsize
+    return max(1, min(probes, space.fitting(free_bytes(device), 2 * one, device)))

@@ -12,16 +12,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from curvdiag.distributed import collectively
 from curvdiag.errors import ArgumentError, NonFiniteError
 from curvdiag.memory import free_bytes
 from curvdiag.modes import outside_modes
 from curvdiag.operators.base import LinearMap, linear_map
+from curvdiag.seeds import Seed, resolve_seed
+from curvdiag.space import Space
 from curvdiag.spectrum.eigenpairs import Eigenpairs, Which
 from curvdiag.spectrum.krylov import Subspace
 from curvdiag.spectrum.lanczos import Progress
-from curvdiag.spectrum.probes import Seed, resolve_seed
 from curvdiag.spectrum.search import NOTABLE, FreshVectors, Search
-from curvdiag.spectrum.vectors import NON_FINITE, product, row_dots, working_dtype
+from curvdiag.spectrum.vectors import NON_FINITE, product, working_dtype
 
 # Up to this order, and where the products allow it, the basis may span the whole space: it is small, and so are
 # the eigenproblems of its projected matrix.
@@ -33,6 +35,7 @@ SHARE = 0.06
 
 
 @outside_modes
+@collectively
 def top_eigenpairs(
     op: Any,
     k: int = 1,
@@ -143,7 +146,7 @@ def search_eigenpairs(
         mixed = k == 1 and start is not None and check_multiplicity == "auto"
         given = _start_vector(start, operator) if start is not None else fresh()
         if mixed:
-            _mix(given, fresh(), SHARE * min(1.0, tol / 1e-2) ** 0.3)
+            _mix(operator.space, given, fresh(), SHARE * min(1.0, tol / 1e-2) ** 0.3)
         if not space.add(given):
             mixed = False
             space.add(fresh())
@@ -172,6 +175,7 @@ def check_wanted(k: int, tol: float, size: int) -> int:
 
 
 @outside_modes
+@collectively
 def power_iteration(
     op: Any,
     *,
@@ -199,21 +203,24 @@ def power_iteration(
         NonFiniteError: A product held NaN or infinite numbers.
     """
     operator = linear_map(op)
+    dots = operator.space.dots
     if not tol > 0:
         raise ArgumentError(f"the tolerance of an eigenpair is positive, not {tol}")
     vector = FreshVectors(operator, resolve_seed(seed))()[None]
-    if start is not None and bool(start.any()):
-        vector = _start_vector(start, operator)[None]
-    vector = vector / row_dots(vector, vector).sqrt().to(vector)
+    if start is not None:
+        given = _start_vector(start, operator)[None]
+        if float(dots(given, given)[0]) > 0:
+            vector = given
+    vector = vector / dots(vector, vector).sqrt().to(vector)
     value, residual, done, used = 0.0, 0.0, False, 0
     for used in range(1, _positive("max_matvecs", max_matvecs) + 1):
         image = product(operator, vector)
-        value = float(row_dots(vector, image)[0])
-        length = float(row_dots(image, image)[0].sqrt())
+        value = float(dots(vector, image)[0])
+        length = float(dots(image, image)[0].sqrt())
         if not math.isfinite(length):
             raise NonFiniteError(NON_FINITE)
         remainder = image - value * vector
-        residual = float(row_dots(remainder, remainder)[0].sqrt())
+        residual = float(dots(remainder, remainder)[0].sqrt())
         done = residual <= tol * abs(value)
         if progress is not None:
             progress(used, max_matvecs)
@@ -231,21 +238,20 @@ def power_iteration(
 
 
 def _start_vector(start: Tensor, operator: LinearMap) -> Tensor:
-    if not isinstance(start, Tensor) or start.ndim not in (1, 2) or start.shape[0] != operator.size:
+    local = operator.space.local
+    if not isinstance(start, Tensor) or start.ndim not in (1, 2) or start.shape[0] != local:
         shape = getattr(start, "shape", None)
-        raise ArgumentError(
-            f"start is a tensor [{operator.size}] or [{operator.size}, j], not {type(start).__name__} of shape {shape}"
-        )
-    columns = start.detach().reshape(operator.size, -1)
+        raise ArgumentError(f"start is a tensor [{local}] or [{local}, j], not {type(start).__name__} of shape {shape}")
+    columns = start.detach().reshape(local, -1)
     if not bool(columns.isfinite().all()):
         raise ArgumentError("the start vectors hold NaN or infinite numbers")
     return columns.sum(1).to(device=operator.device, dtype=working_dtype(operator))
 
 
-def _mix(start: Tensor, noise: Tensor, share: float) -> None:
-    """Add to ``start`` ``[P]``, in place, a random vector ``share sqrt(P)`` times as long; a zero start stays zero."""
-    length = row_dots(start[None], start[None]).sqrt()
-    factor = share * math.sqrt(len(start)) * length / row_dots(noise[None], noise[None]).sqrt()
+def _mix(space: Space, start: Tensor, noise: Tensor, share: float) -> None:
+    """Add to ``start`` ``[local]``, in place, a random vector ``share sqrt(P)`` times as long; zero stays zero."""
+    length = space.dots(start[None], start[None]).sqrt()
+    factor = share * math.sqrt(space.size) * length / space.dots(noise[None], noise[None]).sqrt()
     start.addcmul_(noise, factor.to(noise))
 
 
@@ -257,7 +263,8 @@ def _basis_size(asked: int | None, k: int, operator: LinearMap, limit: int) -> i
         return asked
     if operator.size <= min(limit, SMALL):
         return operator.size
-    fits = free_bytes(operator.device) // 2 // (operator.size * working_dtype(operator).itemsize)
+    space, device = operator.space, operator.device
+    fits = space.fitting(free_bytes(device), 2 * space.longest * working_dtype(operator).itemsize, device)
     return max(least, min(max(2 * k + 16, 24), fits - k - 2))
 
 

@@ -20,7 +20,8 @@ class Eigenpairs(Result):
     Attributes:
         values: Ritz values ``[k]``, float64: descending for LA and BE, descending by magnitude for LM,
             ascending for SA.
-        vectors: Unit vectors ``[P, k]``, each contiguous in memory.
+        vectors: Unit vectors ``[P, k]``, each contiguous in memory; where the weights are sharded, what this rank holds
+            of them, ``[local, k]``.
         residuals: ``||H v - lambda v||`` ``[k]``, absolute. The matrix has an eigenvalue within that distance.
         converged: Which residuals ``[k]`` met the tolerance.
         matvecs: Products made.

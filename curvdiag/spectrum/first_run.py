@@ -101,7 +101,9 @@ class FirstRun:
         if not len(chosen):
             return chosen
         rows = self.space.vectors(coefficients[:, torch.from_numpy(chosen)])
-        fourth = torch.stack([row.square().square_().sum() for row in rows]).cpu().double().numpy()
+        space = self.space.operator.space
+        partial = torch.stack([space.counted(row).square().square_().sum() for row in rows])
+        fourth = space.complete(partial.to(wide_dtype(partial.device))).cpu().double().numpy()
         trace, norm = self.gains(chosen, planned, np.minimum(fourth, 1.0))
         return chosen if trace <= math.log(DEARER) and trace + norm < 0 else chosen[:0]
 

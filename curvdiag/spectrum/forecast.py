@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import inf
 
 import torch
 
@@ -16,11 +17,11 @@ from curvdiag.operators.trial import GRAPHS, Clock, Matrix, Trial, try_out
 from curvdiag.results import Result
 from curvdiag.spectrum.deflation import Deflate, check_deflate, fitting
 from curvdiag.spectrum.density import lockstep
+from curvdiag.spectrum.hardware import Hardware, Rates, hardware_of
+from curvdiag.spectrum.objective_work import work_of
+from curvdiag.spectrum.scale import BUILD, PASSES, Run
+from curvdiag.spectrum.scale_plan import ScalePlan, check_ranks, duration, plan_ranks
 
-BUILD = 1.4
-"""Gradients that building a graph costs."""
-PASSES = 7.0
-"""A Lanczos step reads and writes its vectors about so often as an inner product does: two of these at a time."""
 UNCERTAINTY = 2.0
 """Factor to either side within which the time of an otherwise idle machine is expected."""
 HEAP = 2.4
@@ -54,6 +55,7 @@ class MeasurementPlan(Result):
             in it, :data:`HEAP` times as much at worst.
         free: Bytes that are free now.
         notes: What will not fit, and what happens then.
+        on_ranks: The same on several ranks, where that was asked for.
     """
 
     size: int
@@ -76,9 +78,10 @@ class MeasurementPlan(Result):
     resident_bytes: int
     free: int
     notes: tuple[str, ...] = ()
+    on_ranks: ScalePlan | None = None
 
     def __str__(self) -> str:
-        low, high = _duration(self.seconds / UNCERTAINTY), _duration(self.seconds * UNCERTAINTY)
+        low, high = duration(self.seconds / UNCERTAINTY), duration(self.seconds * UNCERTAINTY)
         vectors = (
             f"{self.vectors} of {self.size:,} {self.dtype} numbers, {human_bytes(self.vectors * self.vector_bytes)}"
         )
@@ -94,7 +97,7 @@ class MeasurementPlan(Result):
             ("graphs", str(self.graphs)),
             ("passing", f"{human_bytes(self.passing_bytes)} in a product or a graph under construction"),
             ("memory", f"{human_bytes(self.peak_bytes)} at the peak{heap}, of {human_bytes(self.free)} free"),
-            ("time", f"about {_duration(self.seconds)} ({low} to {high})"),
+            ("time", f"about {duration(self.seconds)} ({low} to {high})"),
         ]
         if self.deflated:
             held = f"{self.deflated} vectors kept, a first run of {self.basis}"
@@ -102,7 +105,8 @@ class MeasurementPlan(Result):
             rows.insert(2, ("deflation", f"{held}; {most} while it ends"))
         rows += [("note", note) for note in self.notes]
         head = f"density of the {self.matrix} of {self.size:,} parameters, {self.samples:,} samples"
-        return "\n".join([head, *(f"  {name:<10}{text}" for name, text in rows)])
+        lines = [head, *(f"  {name:<10}{text}" for name, text in rows)]
+        return "\n".join(lines if self.on_ranks is None else [*lines, str(self.on_ranks)])
 
 
 def plan_density(
@@ -116,9 +120,23 @@ def plan_density(
     dtype: torch.dtype | None = None,
     memory: int | None = None,
     micro_batch: int | None = None,
+    world_size: int | None = None,
+    sharded: bool | None = None,
+    hardware: str | Hardware | None = None,
+    flops: float | None = None,
+    bandwidth: float | None = None,
+    latency: float | None = None,
     clock: Clock = time.perf_counter,
 ) -> MeasurementPlan:
     """See :meth:`curvdiag.Objective.plan`."""
+    if objective.sharded:
+        raise ArgumentError(
+            "a plan tries small graphs of all weights, and these are sharded: plan the same model before fully_shard, "
+            f"with objective.plan(world_size={objective.holders.count}, sharded=True), which needs no other process"
+        )
+    if world_size is None and not objective.ranks.alone:
+        world_size = objective.ranks.count
+    rates = _check_ranks(world_size, sharded, hardware, flops, bandwidth, latency)
     for name, value in (("steps", steps), ("probes", probes)):
         if isinstance(value, bool) or int(value) != value or value < 1:
             raise ArgumentError(f"{name} is a positive number, not {value!r}")
@@ -178,6 +196,13 @@ def plan_density(
             "micro_batch= for smaller ones, or fewer parameters with params="
         )
     products = steps * probes + first
+    on_ranks = None
+    if world_size is not None:
+        work = work_of(objective, tried, pieces, dtype, vector_type.itemsize)
+        if hardware is None:
+            rates = replace(rates, memory=float(free + work.weights * work.itemsize))
+        run = Run(steps, probes, deflated, first)
+        on_ranks = plan_ranks(work, run, world_size, sharding=sharded, hardware=hardware, rates=rates)
     return MeasurementPlan(
         size,
         objective.size,
@@ -199,6 +224,7 @@ def plan_density(
         int(peak * HEAP) if objective.device.type == "cpu" else peak,
         free,
         tuple(notes),
+        on_ranks,
     )
 
 
@@ -213,6 +239,38 @@ def expected_seconds(tried: Trial, graphs: Plan, products: int, at_once: int) ->
     return BUILD * sum(map(tried.gradient, graphs.kept)) + products * (product + rebuilding)
 
 
+def _check_ranks(
+    world_size: int | None,
+    sharded: bool | None,
+    hardware: str | Hardware | None,
+    flops: float | None,
+    bandwidth: float | None,
+    latency: float | None,
+) -> Rates:
+    """What was said of the ranks.
+
+    Raises:
+        ArgumentError: It makes no sense.
+    """
+    said = {"sharded": sharded, "hardware": hardware, "flops": flops, "bandwidth": bandwidth, "latency": latency}
+    if world_size is None:
+        if alone := [f"{name}=" for name, value in said.items() if value is not None]:
+            raise ArgumentError(f"{' and '.join(alone)} say what several ranks are like: give world_size= with them")
+        return Rates()
+    check_ranks(world_size)
+    for name, what in (("flops", "operations"), ("bandwidth", "bytes"), ("latency", "seconds")):
+        value = said[name]
+        if value is not None and not (
+            isinstance(value, int | float) and 0 <= value < inf and (value or what == "seconds")
+        ):
+            raise ArgumentError(
+                f"{name} is a positive number of {what}{' a second' * (what != 'seconds')}, not {value!r}"
+            )
+    if hardware is not None:
+        hardware_of(hardware)
+    return Rates(flops, bandwidth, latency)
+
+
 def _weights_bytes(objective: Objective, dtype: torch.dtype | None) -> int:
     model = objective.model
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}.values()
@@ -224,11 +282,3 @@ def _rebuilt_note(graphs: Plan) -> str:
         f"{sum(graphs.rebuilt):,} of {sum(graphs.rebuilt) + sum(graphs.kept):,} samples do not fit into kept graphs: "
         "theirs are built anew at each step, for all probes in lockstep"
     )
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 1:
-        return f"{1000 * seconds:.0f} ms"
-    if seconds < 100:
-        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -21,7 +21,7 @@ from curvdiag.errors import NonFiniteError
 from curvdiag.operators.base import LinearMap
 from curvdiag.operators.precision import multiplication
 from curvdiag.spectrum.lanczos import BREAKDOWN
-from curvdiag.spectrum.vectors import NON_FINITE, product, remove_components, row_dots, working_dtype
+from curvdiag.spectrum.vectors import NON_FINITE, product, remove_components, working_dtype
 
 
 class Subspace:
@@ -38,7 +38,7 @@ class Subspace:
         self.operator = operator
         self.capacity = capacity
         self.dtype = working_dtype(operator)
-        self.rows = torch.empty(capacity, operator.size, dtype=self.dtype, device=operator.device)
+        self.rows = torch.empty(capacity, operator.space.local, dtype=self.dtype, device=operator.device)
         self.processed = 0
         self.pending = 0
         self.projected = torch.zeros(0, 0, dtype=torch.float64)
@@ -52,18 +52,18 @@ class Subspace:
         return self.processed + self.pending
 
     def add(self, vector: Tensor) -> bool:
-        """Make what is new in ``vector`` ``[P]`` a pending direction; False where nothing is.
+        """Make what is new in ``vector`` ``[local]`` a pending direction; False where nothing is.
 
         ``vector`` is overwritten.
         """
-        before = float(row_dots(vector[None], vector[None])[0].sqrt())
+        before = float(self._length(vector))
         if not before > 0 or self.used >= min(self.capacity, self.operator.size):
             return False
         length = before
         # Twice is enough (Giraud et al. 2005); a third time where nearly all was old.
         for _ in range(3):
-            remove_components(vector, self.rows[: self.used])
-            length = float(row_dots(vector[None], vector[None])[0].sqrt())
+            remove_components(self.operator.space, vector, self.rows[: self.used])
+            length = float(self._length(vector))
         if length <= 64 * torch.finfo(self.dtype).eps * before:
             return False
         self.rows[self.used] = vector / length
@@ -72,26 +72,27 @@ class Subspace:
         return True
 
     def add_random(self, vector: Tensor) -> bool:
-        """Make the first pending direction what ``vector`` ``[P]`` has outside V; False where there is nothing.
+        """Make the first pending direction what ``vector`` ``[local]`` has outside V; False where there is nothing.
 
         ``vector`` is overwritten.
         """
-        direction = torch.mv(self.rows[self.processed : self.used], vector).cpu().double()
+        pending = self.rows[self.processed : self.used]
+        direction = self.operator.space.components(pending, vector).cpu().double()
         if self.add(vector):
-            rest = row_dots(vector[None], vector[None]).sqrt().cpu().double()
+            rest = self._length(vector)[None].cpu().double()
             direction = torch.cat([direction, rest])
         self.aim(direction)
         return self.pending > 0
 
     def expand(self) -> None:
         """Process the first pending direction with one product; its remainder becomes the last pending one."""
-        n, b = self.processed, self.pending
+        n, b, space = self.processed, self.pending, self.operator.space
         basis = self.rows[: n + b]
         fresh = product(self.operator, basis[n : n + 1])[0]
         self.matvecs += 1
-        components = remove_components(fresh, basis).double()
-        components += remove_components(fresh, basis).double()
-        beta = row_dots(fresh[None], fresh[None])[0].sqrt()
+        components = remove_components(space, fresh, basis).double()
+        components += remove_components(space, fresh, basis).double()
+        beta = self._length(fresh)
         column = torch.cat([components, beta[None].double()]).cpu()
         if not bool(column.isfinite().all()):
             raise NonFiniteError(NON_FINITE)
@@ -145,7 +146,7 @@ class Subspace:
         """Keep only the Ritz vectors with these coefficients ``[n, p]`` and values ``[p]``."""
         n, p, b = self.processed, coefficients.shape[1], self.pending
         turn = coefficients.T.to(self.rows)
-        # In pieces along P: a whole second basis would double the memory.
+        # In pieces along the vectors: a whole second basis would double the memory.
         for first in range(0, self.rows.shape[1], 1 << 20):
             piece = slice(first, first + (1 << 20))
             self.rows[:p, piece] = turn @ self.rows[:n, piece]
@@ -156,5 +157,8 @@ class Subspace:
 
     @multiplication("ieee")
     def vectors(self, coefficients: Tensor) -> Tensor:
-        """Ritz vectors as contiguous rows ``[p, P]``."""
+        """Ritz vectors as contiguous rows ``[p, local]``."""
         return coefficients.T.to(self.rows) @ self.rows[: self.processed]
+
+    def _length(self, vector: Tensor) -> Tensor:
+        return self.operator.space.dots(vector[None], vector[None])[0].sqrt()

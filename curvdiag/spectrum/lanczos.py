@@ -20,7 +20,8 @@ from torch import Tensor
 from curvdiag.errors import ArgumentError, NonFiniteError, TooLargeError
 from curvdiag.memory import free_bytes, human_bytes
 from curvdiag.operators.base import LinearMap, linear_map
-from curvdiag.spectrum.vectors import NON_FINITE, product, remove_components, row_dots, working_dtype
+from curvdiag.space import Space
+from curvdiag.spectrum.vectors import NON_FINITE, product, remove_components, working_dtype
 
 if TYPE_CHECKING:
     from curvdiag.spectrum.projection import Projection
@@ -97,7 +98,7 @@ def lanczos(
     resumable: bool = False,
     projection: Projection | None = None,
 ) -> Tridiagonal:
-    """Run Lanczos from each row of ``starts`` ``[k, P]``, in lockstep.
+    """Run Lanczos from each row of ``starts`` ``[k, P]``, in lockstep; rows ``[k, local]`` of a shared vector.
 
     The loop holds no data-dependent branch, so nothing waits for the device: a start vector whose Krylov space
     is exhausted goes on as a zero vector, and its tridiagonal matrix is cut at the end.
@@ -124,8 +125,9 @@ def lanczos(
     """
     operator = op if isinstance(op, LinearMap) else linear_map(op)
     dtype = working_dtype(operator)
-    if isinstance(starts, Tensor) and (starts.ndim != 2 or starts.shape[1] != operator.size or not len(starts)):
-        raise ArgumentError(f"start vectors are rows [k, {operator.size}], not of shape {tuple(starts.shape)}")
+    space = operator.space
+    if isinstance(starts, Tensor) and (starts.ndim != 2 or starts.shape[1] != space.local or not len(starts)):
+        raise ArgumentError(f"start vectors are rows [k, {space.local}], not of shape {tuple(starts.shape)}")
     if isinstance(steps, bool) or int(steps) != steps or steps < 1:
         raise ArgumentError(f"Lanczos takes a positive number of steps, not {steps!r}")
     if reorthogonalize not in ("none", "partial", "full"):
@@ -134,7 +136,7 @@ def lanczos(
         raise ArgumentError('a run goes on from its last two vectors: it takes reorthogonalize="none"')
     steps, k = min(int(steps), operator.size), len(starts.norms if isinstance(starts, Tridiagonal) else starts)
     basis = None if reorthogonalize == "none" else _allocate(k, steps, operator, dtype)
-    run = Recurrence(starts if isinstance(starts, Tridiagonal) else starts.to(operator.device, dtype), operator.size)
+    run = Recurrence(starts if isinstance(starts, Tridiagonal) else starts.to(operator.device, dtype), space)
     del starts  # a caller that gave them away needs no room for them
     if run.done > steps:
         raise ArgumentError(
@@ -149,7 +151,7 @@ def lanczos(
         if basis is not None:
             basis[:, j] = run.current
             passes = 2 if reorthogonalize == "full" else 1
-            against = functools.partial(_reorthogonalise, basis[:, : j + 1], passes, against)
+            against = functools.partial(_reorthogonalise, space, basis[:, : j + 1], passes, against)
         run.advance(product(operator, run.current), against)
         if progress is not None:
             progress((j + 1) * k, steps * k)
@@ -162,27 +164,29 @@ class Recurrence:
     Nothing here waits for the device before :meth:`coefficients` or :meth:`result`.
 
     Args:
-        starts: Start vectors ``[k, P]``, or a resumable run, which goes on. Left unchanged.
-        size: Order ``P`` of the matrix.
+        starts: Start vectors ``[k, local]``, or a resumable run, which goes on. Left unchanged.
+        space: Of the matrix's vectors.
 
     Attributes:
-        current: The vectors ``[k, P]`` to be multiplied next: of length 1, or zero where a Krylov space is exhausted.
+        current: The vectors ``[k, local]`` to be multiplied next: of length 1, or zero where a Krylov space is
+            exhausted.
         done: Steps taken.
 
     Raises:
         ArgumentError: The run kept no vectors to go on from, or is of another order.
     """
 
-    def __init__(self, starts: Tensor | Tridiagonal, size: int) -> None:
+    def __init__(self, starts: Tensor | Tridiagonal, space: Space) -> None:
+        self.space = space
         self.previous: Tensor | None = None
         if isinstance(starts, Tridiagonal):
-            self.previous, self.current, self.beta, self.scale = _left_at(starts, size)
+            self.previous, self.current, self.beta, self.scale = _left_at(starts, space.local)
             self.norms = torch.from_numpy(starts.norms).to(self.beta)
             old = (list(torch.from_numpy(part.T.copy()).to(self.beta)) for part in (starts.alphas, starts.betas))
             self.alphas, self.betas = old
         else:
             self.current = starts.detach().clone(memory_format=torch.contiguous_format)
-            self.norms = row_dots(self.current, self.current).sqrt()
+            self.norms = space.dots(self.current, self.current).sqrt()
             self.current.mul_((1 / self.norms).to(self.current.dtype)[:, None])
             self.beta = self.scale = torch.zeros_like(self.norms)
             self.alphas, self.betas = [], []
@@ -193,7 +197,7 @@ class Recurrence:
         return len(self.alphas)
 
     def advance(self, fresh: Tensor, orthogonalise: Callable[[Tensor], None] | None = None) -> None:
-        """Take one step with the products ``[k, P]`` of :attr:`current`, which are overwritten and kept.
+        """Take one step with the products ``[k, local]`` of :attr:`current`, which are overwritten and kept.
 
         Args:
             orthogonalise: Called with the new directions, before their lengths are taken, to clean them in place.
@@ -202,11 +206,11 @@ class Recurrence:
         # Subtracting the older vector before taking the diagonal entry is the stable order (Paige 1972).
         if self.previous is not None:
             fresh.addcmul_(self.previous, self.beta.to(dtype)[:, None], value=-1)
-        alpha = row_dots(current, fresh)
+        alpha = self.space.dots(current, fresh)
         fresh.addcmul_(current, alpha.to(dtype)[:, None], value=-1)
         if orthogonalise is not None:
             orthogonalise(fresh)
-        beta = row_dots(fresh, fresh).sqrt()
+        beta = self.space.dots(fresh, fresh).sqrt()
         self.finite = self.finite & alpha.isfinite() & beta.isfinite()
         self.scale = torch.maximum(self.scale, torch.maximum(alpha.abs(), beta))
         alive = beta > BREAKDOWN * torch.finfo(dtype).eps * self.scale
@@ -273,26 +277,31 @@ def chance_of_hiding(weight: float, size: int) -> float:
     return math.erf(math.sqrt(weight * size / 2))
 
 
-def _left_at(run: Tridiagonal, size: int) -> Position:
-    """Where a run with a matrix of order ``size`` can go on from.
+def _left_at(run: Tridiagonal, length: int) -> Position:
+    """Where a run with vectors of this length can go on from.
 
     Raises:
         ArgumentError: It cannot.
     """
     if run.position is None:
         raise ArgumentError("this Lanczos run kept no vectors to go on from: make it with resumable=True")
-    order = run.position.current.shape[1]
-    if order != size:
-        raise ArgumentError(f"a Lanczos run with a matrix of order {order} cannot go on with one of {size}")
+    own = run.position.current.shape[1]
+    if own != length:
+        raise ArgumentError(
+            f"a Lanczos run with a matrix whose vectors hold {own} numbers cannot go on with one of another order, "
+            f"whose vectors hold {length}"
+        )
     return run.position
 
 
-def _reorthogonalise(basis: Tensor, passes: int, first: Callable[[Tensor], None] | None, fresh: Tensor) -> None:
+def _reorthogonalise(
+    space: Space, basis: Tensor, passes: int, first: Callable[[Tensor], None] | None, fresh: Tensor
+) -> None:
     if first is not None:
         first(fresh)
     for _ in range(passes):
         for vector, older in zip(fresh, basis, strict=True):
-            remove_components(vector, older)
+            remove_components(space, vector, older)
 
 
 def _on_host(tensor: Tensor) -> np.ndarray:
@@ -300,11 +309,13 @@ def _on_host(tensor: Tensor) -> np.ndarray:
 
 
 def _allocate(k: int, steps: int, operator: LinearMap, dtype: torch.dtype) -> Tensor:
-    need, free = k * steps * operator.size * dtype.itemsize, free_bytes(operator.device)
-    if need > free:
+    space, device = operator.space, operator.device
+    need, free = k * steps * space.longest * dtype.itemsize, free_bytes(device)
+    if space.fitting(free, need, device) < 1:
+        free = space.fitting(free, 1, device)
         raise TooLargeError(
-            f"a stored Lanczos basis of {k} x {steps} vectors of {operator.size:,} numbers needs "
+            f"a stored Lanczos basis of {k} x {steps} vectors of {space.longest:,} numbers needs "
             f'{human_bytes(need)}, more than the {human_bytes(free)} free; use reorthogonalize="none", '
             "fewer steps or fewer start vectors"
         )
-    return torch.zeros(k, steps, operator.size, dtype=dtype, device=operator.device)
+    return torch.zeros(k, steps, space.local, dtype=dtype, device=device)

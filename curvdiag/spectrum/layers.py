@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from scipy.linalg import eigh_tridiagonal
 
+from curvdiag.distributed import collectively
 from curvdiag.errors import ArgumentError
 from curvdiag.estimate import Estimate
 from curvdiag.memory import free_bytes
@@ -21,10 +22,10 @@ from curvdiag.operators.blocks import Blocks
 from curvdiag.operators.objective_operator import ObjectiveOperator
 from curvdiag.parameters import Selection
 from curvdiag.results import Result
+from curvdiag.seeds import Seed, resolve_seed
 from curvdiag.spectrum.density import SpectralDensity
 from curvdiag.spectrum.eigenpairs import Eigenpairs
 from curvdiag.spectrum.lanczos import Progress, Recurrence, Tridiagonal, chance_of_hiding, largest_weight
-from curvdiag.spectrum.probes import Seed, rademacher, resolve_seed
 from curvdiag.spectrum.vectors import working_dtype
 
 STEPS, PROBES, TOL = 20, 3, 1e-2
@@ -107,6 +108,7 @@ class LayerSpectra(Result):
 
 
 @outside_modes
+@collectively
 def layer_spectra(
     op: ObjectiveOperator,
     layers: Mapping[str, Selection] | None = None,
@@ -164,7 +166,7 @@ def layer_spectra(
             tops[name] = max(top, tops.get(name, top), key=lambda one: one.value)
     if tol is not None and not lean:
         wanted = [n for n, one in tops.items() if not _settled(one.run.alphas, one.run.betas, blocks.sizes[n], tol)]
-        left = {name: Recurrence(tops.pop(name).run, blocks.sizes[name]) for name in wanted}
+        left = {name: Recurrence(tops.pop(name).run, blocks.operators[name].space) for name in wanted}
         _advance(blocks, left, LIMIT, tol, report)
         tops |= {name: Top.of(run.result(), working_dtype(blocks)) for name, run in left.items()}
     asked = None if lean else steps
@@ -203,9 +205,10 @@ class Top:
 
 def _started(blocks: Blocks, seed: int, first: int, count: int) -> dict[str, Recurrence]:
     dtype, device = working_dtype(blocks), blocks.device
+    spaces = {name: block.space for name, block in blocks.operators.items()}
     return {
-        name: Recurrence(rademacher(count, size, seed=seed, first=first, dtype=dtype, device=device), size)
-        for name, size in blocks.sizes.items()
+        name: Recurrence(space.rademacher(count, seed=seed, first=first, dtype=dtype, device=device), space)
+        for name, space in spaces.items()
     }
 
 
@@ -275,8 +278,9 @@ def _spectrum(
 
 def _at_once(blocks: Blocks, probes: int) -> int:
     """How many probes of all layers fit at once: three vectors and their products each, in half the free memory."""
-    one = 5 * sum(blocks.sizes.values()) * working_dtype(blocks).itemsize
-    return int(max(1, min(probes, free_bytes(blocks.device) // 2 // one)))
+    spaces = [block.space for block in blocks.operators.values()]
+    one = 5 * sum(space.longest for space in spaces) * working_dtype(blocks).itemsize
+    return max(1, min(probes, spaces[0].fitting(free_bytes(blocks.device), 2 * one, blocks.device)))
 
 
 def _reporter(blocks: Blocks, steps: int, probes: int, tol: float | None, progress: Progress) -> Callable[[], object]:

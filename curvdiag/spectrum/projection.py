@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from curvdiag.operators.precision import multiplication
-from curvdiag.spectrum.vectors import PIECE, wide_dtype
+from curvdiag.space import Space
+from curvdiag.space.inner_products import cross_products
 
 # The known directions may add this share of the rest's half-width to a diagonal entry of the tridiagonal matrix.
 SPOILT = 1e-3
@@ -29,18 +30,20 @@ class Projection:
     """The projection out of the span of orthonormal rows, and when to make it.
 
     Attributes:
-        parts: Rows ``[few, P]`` and how many steps go by without a projection out of them; then it is made at two steps
-            in a row, since both vectors of the recurrence have to be clean. 0 projects at each step.
+        parts: Rows ``[few, local]`` and how many steps go by without a projection out of them; then it is made at two
+            steps in a row, since both vectors of the recurrence have to be clean. 0 projects at each step.
         scale: Size of the largest eigenvalue outside, against which the rest may be rounding.
+        space: Of the rows; whole in this process where it is not given.
     """
 
     parts: tuple[tuple[Tensor, int], ...]
     scale: float
+    space: Space | None = None
 
     def __call__(self, vectors: Tensor) -> None:
-        """Take the whole span out of ``vectors`` ``[p, P]``, in place: two matrix products for all of them."""
+        """Take the whole span out of ``vectors`` ``[p, local]``, in place: two matrix products for all of them."""
         for rows, _ in self.parts:
-            take_out(vectors, rows)
+            take_out(self.space, vectors, rows)
 
     def at(self, step: int) -> Callable[[Tensor], None] | None:
         """What to do with the vectors that step ``step``, counted from 0, makes."""
@@ -50,7 +53,7 @@ class Projection:
 
         def project(vectors: Tensor) -> None:
             for rows in due:
-                take_out(vectors, rows)
+                take_out(self.space, vectors, rows)
 
         return project
 
@@ -61,17 +64,15 @@ def is_due(step: int, gap: int) -> bool:
 
 
 @multiplication("ieee")  # whatever the process does with its own products
-def take_out(vectors: Tensor, rows: Tensor) -> None:
-    """Subtract from ``vectors`` ``[p, P]``, in place, their components along orthonormal ``rows``."""
-    piece = PIECE if vectors.device.type == "cpu" else vectors.shape[1]
-    pairs = zip(vectors.split(piece, 1), rows.split(piece, 1), strict=True)
-    components = torch.stack([torch.mm(some, known.T) for some, known in pairs]).sum(
-        0, dtype=wide_dtype(vectors.device)
-    )
+def take_out(space: Space | None, vectors: Tensor, rows: Tensor) -> None:
+    """Subtract from ``vectors`` ``[p, local]``, in place, their components along orthonormal ``rows``."""
+    components = cross_products(vectors, rows) if space is None else space.cross(vectors, rows)
     vectors.addmm_(components.to(vectors.dtype), rows, alpha=-1)
 
 
-def plan_projection(rows: Tensor, values: np.ndarray, residuals: np.ndarray, rest: np.ndarray) -> Projection:
+def plan_projection(
+    space: Space, rows: Tensor, values: np.ndarray, residuals: np.ndarray, rest: np.ndarray
+) -> Projection:
     """When to project out of Ritz vectors with these values and residuals, in a run that sees ``rest``."""
     gaps = gaps_between(values, residuals, rest, torch.finfo(rows.dtype).eps)
     # Three kinds: at each step, at two of three, and as seldom as all of the others allow.
@@ -81,7 +82,7 @@ def plan_projection(rows: Tensor, values: np.ndarray, residuals: np.ndarray, res
         if kind.any():
             some = rows if kind.all() else rows[torch.from_numpy(kind).to(rows.device)]
             parts.append((some, int(gaps[kind].min())))
-    return Projection(tuple(parts), float(np.abs(values).max(initial=0)))
+    return Projection(tuple(parts), float(np.abs(values).max(initial=0)), space)
 
 
 def gaps_between(values: np.ndarray, residuals: np.ndarray, rest: np.ndarray, eps: float) -> np.ndarray:

@@ -13,8 +13,7 @@ from torch import Tensor
 from curvdiag.operators.base import LinearMap
 from curvdiag.spectrum.deflation import Deflation
 from curvdiag.spectrum.lanczos import Progress, Reorthogonalize, Tridiagonal, lanczos
-from curvdiag.spectrum.probes import gaussian, rademacher
-from curvdiag.spectrum.vectors import row_dots, working_dtype
+from curvdiag.spectrum.vectors import working_dtype
 
 # What is left of a sign vector outside the deflated directions is no direction of its own below this share of it.
 VANISHED = 1e-6
@@ -102,17 +101,17 @@ class Quadrature:
         return np.concatenate(nodes), np.concatenate(weights)
 
     def starts(self, count: int) -> Tensor:
-        """Random signs ``[count, P]`` outside the deflated directions, which no probe so far has used."""
+        """Random signs ``[count, local]`` outside the deflated directions, which no probe so far has used."""
         first = self.probes + (0 if self.deflation.probe is not None and self.waiting is None else self.deflation.used)
-        op, dtype = self.operator, working_dtype(self.operator)
-        rows = rademacher(count, op.size, seed=self.seed, first=first, dtype=dtype, device=op.device)
+        op, space, dtype = self.operator, self.operator.space, working_dtype(self.operator)
+        rows = space.rademacher(count, seed=self.seed, first=first, dtype=dtype, device=op.device)
         projection = self.deflation.projection
         if projection is None:
             return rows
         self._outside(rows)
-        for i in torch.nonzero(row_dots(rows, rows) <= VANISHED * op.size)[:, 0].tolist():
+        for i in torch.nonzero(space.dots(rows, rows) <= VANISHED * op.size)[:, 0].tolist():
             # All of it lay in the deflated directions, as may happen at a small order.
-            rows[i] = gaussian(1, op.size, seed=self.seed, first=first + i, dtype=dtype, device=op.device)[0]
+            rows[i] = space.gaussian(1, seed=self.seed, first=first + i, dtype=dtype, device=op.device)[0]
             self._outside(rows[i : i + 1])
         return rows
 

@@ -11,7 +11,6 @@ from curvdiag.operators.base import LinearMap
 from curvdiag.spectrum.eigenpairs import Eigenpairs, Which
 from curvdiag.spectrum.krylov import Subspace
 from curvdiag.spectrum.lanczos import Progress, chance_of_hiding, largest_weight
-from curvdiag.spectrum.probes import gaussian
 from curvdiag.spectrum.vectors import working_dtype
 
 # A look for missed pairs ends when one would have escaped it with at most this probability, or after so many steps.
@@ -206,7 +205,7 @@ class Search:
 
 
 class FreshVectors:
-    """Gaussian vectors ``[P]``, a new one at each call."""
+    """Gaussian vectors ``[local]``, a new one at each call."""
 
     def __init__(self, operator: LinearMap, seed: int) -> None:
         self.operator, self.seed, self.drawn = operator, seed, 0
@@ -214,7 +213,7 @@ class FreshVectors:
     def __call__(self) -> Tensor:
         op, index = self.operator, self.drawn
         self.drawn += 1
-        return gaussian(1, op.size, seed=self.seed, first=index, dtype=working_dtype(op), device=op.device)[0]
+        return op.space.gaussian(1, seed=self.seed, first=index, dtype=working_dtype(op), device=op.device)[0]
 
 
 def select(values: Tensor, which: Which, k: int) -> Tensor:

@@ -12,21 +12,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from curvdiag.distributed import collectively
 from curvdiag.errors import ArgumentError, NonFiniteError
 from curvdiag.estimate import Estimate
 from curvdiag.memory import free_bytes
 from curvdiag.modes import outside_modes
 from curvdiag.operators.base import LinearMap, linear_map
+from curvdiag.seeds import Seed, resolve_seed
 from curvdiag.spectrum.density import square_root
 from curvdiag.spectrum.lanczos import Progress
-from curvdiag.spectrum.probes import Seed, gaussian, rademacher, resolve_seed
-from curvdiag.spectrum.vectors import NON_FINITE, product, row_dots, working_dtype
+from curvdiag.spectrum.range import all_finite, orthonormal_range, small
+from curvdiag.spectrum.vectors import NON_FINITE, product, working_dtype
 
 # Vectors that go into one product: enough to share a graph among, few enough to hold.
 GROUP = 8
 
 
 @outside_modes
+@collectively
 def trace(
     op: Any,
     *,
@@ -71,10 +74,12 @@ def trace(
 
 
 @outside_modes
+@collectively
 def diagonal(op: Any, probes: int = 24, seed: Seed = 0, *, progress: Progress | None = None) -> Estimate:
     """The diagonal of ``H``: the mean of ``z * (H z)`` over random signs ``z`` (Bekas, Kokiopoulou and Saad 2007).
 
-    The value and the standard error are NumPy float64 arrays ``[P]``. One probe has the variance
+    The value and the standard error are NumPy float64 arrays ``[P]``; where the weights are sharded, what this rank
+    holds of them, ``[local]``. One probe has the variance
     ``sum_{j != i} H_ij^2`` in entry ``i``: a diagonal matrix is exact from a single one.
 
     Raises:
@@ -82,7 +87,7 @@ def diagonal(op: Any, probes: int = 24, seed: Seed = 0, *, progress: Progress | 
         NonFiniteError: A product held NaN or infinite numbers.
     """
     run = _Products(op, _count(probes, 1, "the diagonal"), progress)
-    mean = torch.zeros(run.operator.size, dtype=torch.float64)
+    mean = torch.zeros(run.space.local, dtype=torch.float64)
     squares = torch.zeros_like(mean)
     seen = 0
     for signs, images in run.rademacher(probes, resolve_seed(seed)):
@@ -97,6 +102,7 @@ def diagonal(op: Any, probes: int = 24, seed: Seed = 0, *, progress: Progress | 
 
 
 @outside_modes
+@collectively
 def frobenius_norm(op: Any, probes: int = 24, seed: Seed = 0, *, progress: Progress | None = None) -> Estimate:
     """``||H||_F``: the root of the mean of ``||H z||^2`` over random signs; the root's error to first order.
 
@@ -105,7 +111,7 @@ def frobenius_norm(op: Any, probes: int = 24, seed: Seed = 0, *, progress: Progr
         NonFiniteError: A product held NaN or infinite numbers.
     """
     run = _Products(op, _count(probes, 1, "the Frobenius norm"), progress)
-    squares = [row_dots(images, images) for _, images in run.rademacher(probes, resolve_seed(seed))]
+    squares = [run.space.dots(images, images) for _, images in run.rademacher(probes, resolve_seed(seed))]
     return square_root(Estimate.from_samples(_finite(torch.cat(squares))))
 
 
@@ -114,9 +120,10 @@ class _Products:
 
     def __init__(self, op: Any, planned: int, progress: Progress | None) -> None:
         self.operator: LinearMap = linear_map(op)
+        self.space = self.operator.space
         self.planned, self.progress, self.done = planned, progress, 0
-        vector = self.operator.size * self.dtype.itemsize
-        self.group = int(max(1, min(GROUP, free_bytes(self.operator.device) // (4 * max(vector, 1)))))
+        vector, device = self.space.longest * self.dtype.itemsize, self.operator.device
+        self.group = max(1, min(GROUP, self.space.fitting(free_bytes(device), 4 * vector, device)))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -135,56 +142,54 @@ class _Products:
         """The sum of the diagonal, one product for each entry."""
         op = self.operator
         self.planned = op.size
-        unit = torch.eye(op.size, dtype=self.dtype, device=op.device)
-        return Estimate.exact(float(_finite(row_dots(unit, self(unit))).sum()))
+        unit = self.space.part(torch.eye(op.size, dtype=self.dtype, device=op.device))
+        return Estimate.exact(float(_finite(self.space.dots(unit, self(unit))).sum()))
 
     def rademacher(self, count: int, seed: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Groups of random signs and their products, both ``[few, P]``."""
+        """Groups of random signs and their products, both ``[few, local]``."""
         for start in range(first, first + count, self.group):
             rows = self.signs(min(self.group, first + count - start), seed, start)
             images = self(rows)
-            if not _all_finite(images):
+            if not all_finite(self.space, images):
                 raise NonFiniteError(NON_FINITE)
             yield rows, images
 
     def signs(self, count: int, seed: int, first: int = 0) -> Tensor:
-        op = self.operator
-        return rademacher(count, op.size, seed=seed, first=first, dtype=self.dtype, device=op.device)
+        return self.space.rademacher(count, seed=seed, first=first, dtype=self.dtype, device=self.operator.device)
 
 
 def _hutchinson(run: _Products, probes: int, seed: int) -> Estimate:
-    samples = [row_dots(signs, images) for signs, images in run.rademacher(probes, seed)]
+    samples = [run.space.dots(signs, images) for signs, images in run.rademacher(probes, seed)]
     return Estimate.from_samples(_finite(torch.cat(samples)))
 
 
 def _hutchpp(run: _Products, probes: int, seed: int) -> Estimate:
-    sketch = probes // 3
-    basis, _, rank = _range(run(run.signs(sketch, seed)))
+    sketch, space = probes // 3, run.space
+    basis, _, rank = orthonormal_range(space, run(run.signs(sketch, seed)))
     basis = basis[:rank]
-    known = float(_finite(row_dots(basis, run(basis))).sum()) if rank else 0.0
+    known = float(_finite(space.dots(basis, run(basis))).sum()) if rank else 0.0
     rest = run.signs(probes - 2 * sketch, seed, sketch)
     # Twice, for rounding: what is left of the basis in the rest would count the large eigenvalues again.
     for _ in range(2):
-        rest = rest - (rest @ basis.T) @ basis
-    residual = Estimate.from_samples(_finite(row_dots(rest, run(rest))))
+        rest = rest - space.components(basis, rest) @ basis
+    residual = Estimate.from_samples(_finite(space.dots(rest, run(rest))))
     return Estimate(known + residual.value, residual.standard_error, residual.samples)
 
 
 def _xtrace(run: _Products, probes: int, seed: int) -> Estimate:
-    count, size = probes // 2, run.operator.size
-    tests = gaussian(
-        count, size, seed=seed, dtype=run.dtype, device=run.operator.device
-    )  # directions uniform on the sphere, as the normalisation below supposes
-    tests *= (size**0.5 / row_dots(tests, tests).sqrt())[:, None].to(tests)
-    basis, triangle, rank = _range(run(tests))
+    count, size, space = probes // 2, run.operator.size, run.space
+    # Directions uniform on the sphere, as the normalisation below supposes.
+    tests = space.gaussian(count, seed=seed, dtype=run.dtype, device=run.operator.device)
+    tests *= (size**0.5 / space.dots(tests, tests).sqrt())[:, None].to(tests)
+    basis, triangle, rank = orthonormal_range(space, run(tests))
     if rank == 0:
         return Estimate.from_samples(np.zeros(count))
     images = run(basis[:rank])
     q = basis[:rank]
     # From here on everything is small: [rank, rank] or [rank, count].
-    inside = _small(images @ q.T)
+    inside = small(space.components(q, images))
     inside = (inside + inside.T) / 2
-    tested = _small(q @ tests.T)
+    tested = small(space.components(tests, q))
     out = _removed_directions(triangle)
     # Row i of what follows belongs to the subspace without test vector i.
     kept = tested - out * (out * tested).sum(0)
@@ -196,20 +201,6 @@ def _xtrace(run: _Products, probes: int, seed: int) -> Estimate:
     return Estimate.from_samples(_finite(trace_without + scale * quadratic))
 
 
-def _range(rows: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Orthonormal rows Q ``[m, P]`` that span ``rows`` ``[k, P]``, coordinates ``[rank, k]`` in them, the rank.
-
-    Only the first ``rank`` rows of Q matter; directions at rounding level are left out.
-    """
-    if not _all_finite(rows):
-        raise NonFiniteError(NON_FINITE)
-    basis, triangle = torch.linalg.qr(rows.T)
-    left, singular, right = torch.linalg.svd(_small(triangle), full_matrices=False)
-    rank = int((singular > 8 * torch.finfo(rows.dtype).eps * len(rows) * singular[0].clamp(min=1e-300)).sum())
-    turned = left.T.to(basis) @ basis.T
-    return turned, singular[:rank, None] * right[:rank], rank
-
-
 def _removed_directions(triangle: Tensor) -> Tensor:
     """Unit vectors ``[rank, k]``: what the span of the columns of ``triangle`` loses without column i.
 
@@ -219,15 +210,6 @@ def _removed_directions(triangle: Tensor) -> Tensor:
     # Column i is missed exactly where its dual vector sees it alone.
     own = (dual * triangle).sum(0)
     return torch.where(own > 1 - 1e-6, dual / dual.norm(dim=0).clamp(min=1e-300), 0.0)
-
-
-def _small(matrix: Tensor) -> Tensor:
-    return matrix.detach().cpu().double()
-
-
-def _all_finite(rows: Tensor) -> bool:
-    """A finite sum has finite terms; only where it is not, or overflows, the slow look at each of them is needed."""
-    return bool(rows.sum().isfinite()) or bool(rows.isfinite().all())
 
 
 def _finite(samples: Tensor) -> np.ndarray:

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from curvdiag.errors import ArgumentError
 from curvdiag.operators.base import LinearMap
+from curvdiag.space import Space
+from curvdiag.space.inner_products import PIECE, row_dots, wide_dtype
 
 if TYPE_CHECKING:
     from curvdiag.operators.blocks import Blocks
 
-# On a CPU torch.dot of long float32 vectors has an error that grows with their length (about 1e-5 at 8e6 numbers,
-# and vector_norm's square 5e-4); over pieces of this length it stays at rounding level.
-PIECE = 1 << 18
+__all__ = ["NON_FINITE", "PIECE", "product", "remove_components", "row_dots", "wide_dtype", "working_dtype"]
 
 NON_FINITE = (
     "a product of the operator with a finite vector holds NaN or infinite numbers; look at the loss, the weights "
@@ -26,11 +26,6 @@ NON_FINITE = (
 def working_dtype(operator: LinearMap | Blocks) -> torch.dtype:
     """Vectors are never kept in less than single precision, whatever the operator computes in."""
     return operator.dtype if operator.dtype in (torch.float32, torch.float64) else torch.float32
-
-
-def wide_dtype(device: torch.device) -> torch.dtype:
-    """What sums over long vectors are kept in: float64 wherever there is one."""
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def product(operator: LinearMap, rows: Tensor) -> Tensor:
@@ -46,22 +41,8 @@ def product(operator: LinearMap, rows: Tensor) -> Tensor:
     return result.clone() if result.data_ptr() == rows.data_ptr() else result
 
 
-def row_dots(x: Tensor, y: Tensor) -> Tensor:
-    """Inner products ``[k]`` of corresponding rows, without temporaries, added up in float64."""
-    wide = wide_dtype(x.device)
-    piece = PIECE if x.device.type == "cpu" and x.dtype == torch.float32 else max(1, x.shape[1])
-    return torch.stack([_dot(x[i], y[i], piece, wide) for i in range(len(x))])
-
-
-def remove_components(vector: Tensor, basis: Tensor) -> Tensor:
-    """Subtract from ``vector`` ``[P]``, in place, its components along the rows of ``basis``; returns them."""
-    components = torch.mv(basis, vector)
+def remove_components(space: Space, vector: Tensor, basis: Tensor) -> Tensor:
+    """Subtract from ``vector`` ``[local]``, in place, its components along the rows of ``basis``; returns them."""
+    components = space.components(basis, vector)
     vector.addmv_(basis.T, components, alpha=-1)
     return components
-
-
-def _dot(x: Tensor, y: Tensor, piece: int, wide: torch.dtype) -> Tensor:
-    if len(x) <= piece:
-        return torch.dot(x, y).to(wide)
-    parts = [torch.dot(a, b) for a, b in zip(x.split(piece), y.split(piece), strict=True)]
-    return torch.stack(parts).sum(dtype=wide)

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from curvdiag.objective import Objective
 from curvdiag.operators import Hessian
+from curvdiag.space.probes import gaussian, rademacher
 from curvdiag.spectrum import spectral_density, top_eigenpairs, trace
-from curvdiag.spectrum.probes import gaussian, rademacher
 from curvdiag.verify.dense import Dense
 from curvdiag.verify.problems import Problem, problems
 from curvdiag.verify.pyhessian import PyHessian, require
