@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy import stats
+from scipy.special import stdtrit
 
 from curvdiag.errors import ArgumentError
 from curvdiag.results import Result
@@ -56,7 +56,7 @@ class Estimate(Result):
             raise ArgumentError(f"the level of an interval lies between 0 and 1, not {level}")
         if self.samples == 0:
             return self.value, self.value
-        t = math.inf if self.samples < 3 else float(stats.t.ppf(0.5 + level / 2, self.samples - 1))
+        t = math.inf if self.samples < 3 else float(stdtrit(self.samples - 1, 0.5 + level / 2))
         half = t * np.asarray(self.standard_error) if self.samples >= 3 else np.full(np.shape(self.value), np.inf)
         low, high = self.value - half, self.value + half
         return (float(low), float(high)) if np.ndim(self.value) == 0 else (low, high)

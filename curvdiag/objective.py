@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from curvdiag.criterion import CriterionLoss, FunctionLoss, Loss
 from curvdiag.data import Batch, can_cut, place, read_batches, sample_count
-from curvdiag.distributed import Group, Ranks, ranks_of
+from curvdiag.distributed import Group, Ranks, collectively, ranks_of
 from curvdiag.distributed.sharded_gradient import ShardedGradient
 from curvdiag.distributed.sharded_model import sharded_model
 from curvdiag.errors import ArgumentError, DataError
@@ -153,13 +153,11 @@ class Objective:
         self._count()
 
     def _count(self) -> None:
-        counts = [sum(sample_count(batch) for batch in self.batches)]
         weight = float(sum(self._loss.counts(batch).sum() for batch in self.batches))
         _ = self.ranks.neighbours  # asked for by all ranks here, so that it is known wherever one of them needs it
-        if not self.ranks.alone:
-            told = self.ranks.gather((counts[0], weight), "counting of samples")
-            counts, weight = [one for one, _ in told], sum(one for _, one in told)
-        self.size, self.total_weight = sum(counts), weight
+        told = self.ranks.gather((sum(map(sample_count, self.batches)), weight), "counting of samples")
+        counts = [count for count, _ in told]
+        self.size, self.total_weight = sum(counts), sum(weight for _, weight in told)
         self.local_size, self.first_sample = counts[self.ranks.rank], sum(counts[: self.ranks.rank])
         if not self.total_weight > 0:
             raise DataError("the weights of all samples add up to zero: every target is ignored or has class weight 0")
@@ -200,16 +198,15 @@ class Objective:
     @property
     def couples_samples(self) -> bool:
         """Whether BatchNorm makes the samples of a batch depend on each other."""
-        return any(
-            isinstance(module, _BatchNorm) and (self.mode == "train" or module.running_mean is None)
-            for module in self.model.modules()
-        )
+        norms = (module for module in self.model.modules() if isinstance(module, _BatchNorm))
+        return any(self.mode == "train" or norm.running_mean is None for norm in norms)
 
     @property
     def can_regroup(self) -> bool:
         """Whether batches may be merged and cut without changing the value."""
         return self.per_sample and all(can_cut(batch) for batch in self.batches)
 
+    @collectively
     def weights(self, *, dtype: torch.dtype | None = None, share: bool = False) -> Weights:
         """A picture of the live model; with ``share`` its own memory, else copies (in ``dtype``).
 
@@ -251,27 +248,26 @@ class Objective:
             self._moved_losses[dtype] = self._loss.to(self.device, dtype)
         return self._moved_losses[dtype]
 
+    @collectively
     def value(self) -> float:
         """The empirical risk at the model's present weights."""
         if self.shards is not None:
             found = ShardedGradient(self, self.shards, self.batches)
-            with self.holders.together("loss"), found.borrowed():
+            with found.borrowed():
                 return found.value()
 
         def add_up() -> float:
             with torch.no_grad():
                 return float(sum(self.totals(batch).double().sum() for batch in self.batches))
 
-        weights = self.weights()
-        with self.ranks.together("loss"):
-            own: float = self.inside(weights, add_up, twice=False)
-        return self.ranks.total(own) / self.total_weight
+        own: float = self.inside(self.weights(), add_up, twice=False)
+        return self.ranks.total(own, "loss") / self.total_weight
 
+    @collectively
     def gradient(self) -> Tensor:
         """The gradient ``[P]`` at the model's present weights; of sharded ones, what this rank holds of it."""
         if self.shards is not None:
-            with self.holders.together("gradient"):
-                return ShardedGradient(self, self.shards, self.batches).here()
+            return ShardedGradient(self, self.shards, self.batches).here()
         weights = self.weights()
         return self.ranks.sum("gradient", lambda: gradient(self, weights, self.batches))
 
@@ -283,6 +279,7 @@ class Objective:
         """
         return halves(self, seed)
 
+    @collectively
     def restricted_to(self, selection: Selection) -> Objective:
         """The same risk as a function of fewer parameters; the others stay as they are.
 
@@ -290,10 +287,8 @@ class Objective:
             ParameterError: The selection matches nothing.
         """
         block = copy.copy(self)
-        with self.ranks.together("restriction to fewer parameters"):
-            block.parameters = self.parameters.subset(self.parameters.select(selection, self._live))
-        if not self.ranks.alone:
-            self.ranks.agree("chosen parameters", block.parameters.in_short())
+        block.parameters = self.parameters.subset(self.parameters.select(selection, self._live))
+        self.ranks.agree("chosen parameters", block.parameters.in_short())
         block.__dict__.pop("_graph_bytes", None)  # the graphs of other parameters hold other things
         return block
 

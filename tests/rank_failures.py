@@ -106,4 +106,5 @@ def calls_of(objective):
         "diagonal cwgd": lambda: cwgd(objective, "diagonal", probes=4, moments=moments, memory=0),
         "eigenpairs": lambda: top_eigenpairs(hessian, 2),
         "trace": lambda: trace(hessian, probes=3),
+        "plan": lambda: objective.plan(steps=3, probes=1),
     }

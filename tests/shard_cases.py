@@ -20,6 +20,13 @@ def net(dtype: torch.dtype) -> nn.Sequential:
     return nn.Sequential(*layers).to(dtype)
 
 
+def kinked(dtype: torch.dtype, seed: int) -> nn.Sequential:
+    """The same with ReLU; for seeds 2 to 4 the steps of a few vectors cross no kink."""
+    torch.manual_seed(seed)
+    layers = nn.Linear(4, 7), nn.ReLU(), nn.LayerNorm(7), nn.Linear(7, 5), nn.ReLU(), nn.Linear(5, 3)
+    return nn.Sequential(*layers).to(dtype)
+
+
 class Tied(nn.Module):
     """Two layers with one weight."""
 

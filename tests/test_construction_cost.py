@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -149,3 +151,18 @@ def test_one_bad_entry_of_a_product_stops_a_trace_and_large_ones_do_not(bad: flo
             trace(torch.diag(torch.tensor([1.0] * 49 + [bad])), probes=8, method=method)
     assert all_finite(WholeSpace(50), torch.full((2, 50), 3e38))  # though their sum is not
     assert not all_finite(WholeSpace(2), torch.tensor([[float("inf"), -float("inf")]]))
+
+
+def test_a_first_product_imports_nothing_that_takes_long():
+    script = (
+        "import sys, torch, curvdiag\n"
+        "batch = torch.randn(8, 4), torch.randint(3, (8,))\n"
+        "objective = curvdiag.Objective(torch.nn.Linear(4, 3), torch.nn.CrossEntropyLoss(), batch)\n"
+        "H = curvdiag.Hessian(objective)\n"
+        "H @ torch.randn(H.size)\n"
+        "curvdiag.spectral_density(H, steps=2, probes=2).trace().interval()\n"
+        "slow = 'torch._dynamo', 'torch.distributed.fsdp', 'torch.distributed.tensor', 'scipy.stats', 'matplotlib'\n"
+        "print([name for name in slow if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

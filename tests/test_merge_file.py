@@ -235,3 +235,6 @@ def test_the_command_merges_and_says_what_it_did(
         fill(tmp_path / f"{name}.db", [index], name="training", config={"curvdiag": {}})
     assert curvdiag("merge", tmp_path / "[ab].db", "-o", tmp_path / "t.db", "--join") == 0
     assert steps_of(tmp_path / "t.db") == [0, 1]
+    capsys.readouterr()
+    assert curvdiag("merge", tmp_path / "a.db", "-o", tmp_path / "one.db") == 0
+    assert capsys.readouterr().out.endswith("run 'training', 1 measurement from 1 file\n")

@@ -84,7 +84,7 @@ exact.close()
 """
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.long)])
 def ranks(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(f"fsdp{request.param}")
     return launch(SCRIPT, request.param, folder, limit=280), folder

@@ -272,9 +272,10 @@ class Stage:
         return value
 
 
-def measured_at(cadence, pace, measurement, steps):
+def measured_at(cadence, pace, measurement, steps, *, alone=False):
     """The steps of a run whose training steps take ``pace(step)`` seconds, and the looks at the cadence."""
     stage, found = Stage(), []
+    stage.alone = alone
     decision = Decision(cadence, stage, stage)
     for step in range(1, steps + 1):
         stage.elapsed += pace(step)
@@ -287,17 +288,32 @@ def measured_at(cadence, pace, measurement, steps):
 
 
 def by_one_process(cadence, pace, measurement, steps):
-    stage, found = Stage(), []
-    stage.alone = True
-    decision = Decision(cadence, stage, stage)
-    for step in range(1, steps + 1):
-        stage.elapsed += pace(step)
-        if decision.due(step):
-            found.append(step)
-            stage.elapsed += measurement
-            stage.measuring += measurement
-            stage.last = measurement
-    return found
+    return measured_at(cadence, pace, measurement, steps, alone=True)[0]
+
+
+class Listener(Stage):
+    """Another rank, which hears that the first one measures at steps 1 and 4, and looks at each step."""
+
+    first = False
+
+    def of_first(self, value, place):
+        assert value is None
+        step = int(place.removeprefix("decision at step "))
+        return step in (1, 4), step + 1
+
+
+class Own:
+    def observe(self, **_):
+        pass
+
+    def __call__(self, step):
+        raise AssertionError("only the first rank asks its cadence")
+
+
+def test_the_other_ranks_do_as_they_are_told_and_ask_no_cadence_of_their_own():
+    stage = Listener()
+    decision = Decision(Own(), stage, stage)
+    assert [step for step in range(1, 7) if decision.due(step)] == [1, 4]
 
 
 def test_few_looks_decide_as_a_look_at_each_step_would():

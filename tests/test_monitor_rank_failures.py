@@ -38,8 +38,8 @@ def run(name, net=monitored.noisy, after=None, optimizer=None, **options):
     def watch(model, made):
         objective = Objective(model, F.cross_entropy, data, group="world")
         kept["monitor"] = CurvatureMonitor(
-            objective, os.path.join(folder, name + ".db"), every=2,
-            **{"steps": 6, "probes": 2, "measure": ["lambda_max", "trace", "density"], **options})
+            objective, os.path.join(folder, name + ".db"),
+            **{"every": 2, "steps": 6, "probes": 2, "measure": ["lambda_max", "trace", "density"], **options})
         kept["monitor"].attach(made)
         kept["after"] = after(made, objective) if after else lambda step: None
     chosen = {"optimizer": optimizer} if optimizer else {}
@@ -102,6 +102,14 @@ if rank == 0:
 run("errors of warnings", loggers=[logger])
 if rank == 0:
     run_warnings.__exit__(None, None, None)
+class Spoilt:
+    def observe(self, **_):
+        pass
+    def __call__(self, step):
+        if step == 3:
+            raise ValueError("spoilt cadence")
+        return step == 1
+run("cadence", every=None, cadence=Spoilt())
 try:
     objective = Objective(monitored.smooth(), F.cross_entropy, data, group="world")
     CurvatureMonitor(objective, os.path.join(folder, "no", "file.db"))
@@ -192,6 +200,7 @@ def test_where_the_first_rank_cannot_write_all_keep_their_numbers(ranks):
         ("full disk strict", "UnwritableStoreError: the disk is full"),
         ("logger strict", "OSError: no network"),
         ("errors of warnings", "CurvdiagWarning: at step 2 the logger"),
+        ("cadence", "ValueError: spoilt cadence"),
     ],
 )
 def test_what_the_first_rank_raises_ends_the_training_of_all(ranks, name, words):
@@ -295,7 +304,7 @@ def gone(tmp_path_factory):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=120,
+        timeout=240,
         check=False,
     )
     assert done.returncode == 0, done.stdout[-5000:]

@@ -7,8 +7,10 @@ from ranks import launch, started
 BAD = 1
 
 SCRIPT = """
+import functools
 from rank_failures import *
 from curvdiag import per_sample_gradients
+from curvdiag.weights import Weights
 from curvdiag.errors import DistributedError
 
 model = Fragile()
@@ -20,6 +22,10 @@ def after():
     "Whether all are in step again, and measure what they did before."
     model.error, model.nan = None, False
     return bool(torch.equal(Hessian(objective) @ one_vector(objective), truth))
+
+
+def full(error, *args, **options):
+    raise error
 
 
 LATER = {"noise product": [1], "noise scale": [1, 2], "differences": [9]}  # passes that are still well
@@ -42,6 +48,14 @@ for name in ("objective", "value", "gradient", "moments", "hessian", "noise cova
 if rank == 1:
     model.error, LEFT[0] = MemoryError("full"), 0
 saved["memory"] = fate(calls["hessian product"]), after()
+
+# No room for a copy of the weights, before anything is exchanged.
+copied = Weights.of
+for name in ("value", "gradient"):
+    Weights.of = functools.partial(full, MemoryError("no room")) if rank == 1 else copied
+    found = fate(calls[name])
+    Weights.of = copied
+    saved["picture", name] = found, after()
 
 # The very same exception twice.
 same = RuntimeError("the same object")
@@ -131,7 +145,7 @@ def told(fate, rank, *words):
 
 def test_an_exception_on_one_rank_ends_every_call_on_all_and_they_go_on(runs):
     for rank, saved in enumerate(runs):
-        assert len(saved["calls"]) == 28
+        assert len(saved["calls"]) == 29
         for name in saved["calls"]:
             failed(saved, (name, 0), rank, "ValueError", "broken cable")
         for key in (("noise product", 1), ("noise scale", 1), ("noise scale", 2), ("differences", 9)):
@@ -148,6 +162,8 @@ def test_numbers_that_are_none_on_one_rank_are_its_error(runs):
 def test_lack_of_memory_and_repeated_exceptions_are_told_each_time(runs):
     for rank, saved in enumerate(runs):
         failed(saved, "memory", rank, "MemoryError", "full")
+        for name in ("value", "gradient"):
+            failed(saved, ("picture", name), rank, "MemoryError", "no room")
         for name in ("first", "second"):
             failed(saved, ("same", name), rank, "RuntimeError", "the same object")
 
@@ -205,6 +221,7 @@ KILLED = """
 import signal, time
 from rank_failures import *
 
+signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which torchrun sends the others, maybe before they have said what is up
 model = Fragile()
 objective = objective_of(model, rank)
 hessian = Hessian(objective, memory=0)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from docs_pages import run_on_ranks
 from tiny_transformers import gpt2, tokens
 from torch import nn
 
@@ -56,8 +57,15 @@ SCRIPTS = {"from lightning": lightning_script, "from transformers": transformers
 
 @pytest.mark.filterwarnings("default::curvdiag.errors.CurvdiagWarning")  # a net of 15 weights learns in no time
 @pytest.mark.parametrize("block", BLOCKS, ids=[f"block {i}" for i in range(len(BLOCKS))])
-def test_a_code_block_runs(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_code_block_runs(
+    block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
+    if "init_process_group" in block:
+        Path("script.py").write_text(block)
+        run_on_ranks(["--standalone", "--nproc-per-node=2", "script.py"])
+        assert "eigen" in capfd.readouterr().out
+        return
     script = next((made for name, made in SCRIPTS.items() if name in block), training_script)
     names = script()
     exec(block, names)

@@ -16,6 +16,7 @@ pytestmark = pytest.mark.timeout(280)
 SCRIPT = """
 from shard_cases import *
 from curvdiag import Hessian, top_eigenpairs
+from curvdiag.errors import SecondDerivativeError
 from torch.profiler import ProfilerActivity, profile
 
 def whole(operator, rows):
@@ -32,6 +33,11 @@ for dtype in (torch.float64, torch.float32):
         "error": hessian._engine.error, "local": hessian.space.local, "size": objective.size,
         "weight": objective.total_weight, "sharded": objective.sharded, "repr": repr(hessian),
     }
+    for seed in (2, 3, 4):
+        try:
+            Hessian(of_rank(sharded(kinked(dtype, seed)), rank, dtype), method="finite-difference")
+        except SecondDerivativeError as error:
+            saved.setdefault("kinks", []).append(str(error))
     if dtype == torch.float64:
         layers = hessian.blocks({"second": "3.*"})
         block = layers.operators["second"]
@@ -175,3 +181,10 @@ def test_tied_weights_count_once(runs: list[dict[str, Any]]) -> None:
     matrix = exact(len(runs), model=tied(torch.float64))
     assert size == len(matrix)
     assert distance(products, vectors, matrix) < 1e-8
+
+
+def test_kinks_are_refused_also_where_no_step_of_a_check_meets_one(runs: list[dict[str, Any]]) -> None:
+    for one in runs:
+        assert len(one["kinks"]) == 6
+        assert all("ReLU '1', ReLU '4'" in text and "curvdiag scan" in text for text in one["kinks"])
+        assert one["kinks"] == runs[0]["kinks"]

@@ -10,11 +10,13 @@ from ranks import launch
 pytestmark = pytest.mark.timeout(280)
 
 SCRIPT = """
+import time
 from shard_cases import *
 from curvdiag import (
     EmpiricalFisher, Fisher, GaussNewton, Hessian, NoiseCovariance, gradient_moments, noise_scale, scaling_test
 )
 from curvdiag.errors import CurvdiagError
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy
 
 def told(name, function):
@@ -58,6 +60,25 @@ model.register_forward_hook(lambda module, args, output: output + 1.0 * (output 
 told("slope", lambda: Hessian(of_rank(model, rank, dtype), method="finite-difference"))
 told("mean", lambda: Objective.from_loss(
     sharded(net(dtype)), lambda m, b: m(b[0]).sum(), batches=data(rank, dtype), group="world"))
+
+quick = dist.new_group(timeout=datetime.timedelta(seconds=10))
+model = sharded(net(dtype), mesh=DeviceMesh.from_group(quick, "cpu"))
+hessian = Hessian(of_rank(model, rank, dtype, group=quick), method="finite-difference")
+row = hessian.space.gaussian(1, seed=0, dtype=dtype, device="cpu")
+before = [p.to_local().clone() for p in model.parameters()]
+
+def fail(module, args):
+    if rank == 1:
+        raise ValueError("my own mistake")
+
+model[3].register_forward_pre_hook(fail)
+for name in ("within a pass", "after it"):
+    started = time.monotonic()
+    try:
+        hessian.apply(row)
+    except Exception as error:
+        saved[name] = type(error).__name__, str(error), time.monotonic() - started
+saved["unmoved"] = all(torch.equal(p.to_local(), q) for p, q in zip(model.parameters(), before))
 """
 
 WHOLE = (
@@ -135,3 +156,16 @@ def test_a_sum_over_samples_is_noticed_with_unequal_numbers_of_passes(runs: list
     for one in runs:
         assert one["mean"][0] in ("LossError", "RankFailedError")
         assert "sum over samples" in one["mean"][1]
+
+
+def test_an_error_within_a_pass_of_one_rank_ends_the_others_by_the_timeout_of_their_group(
+    runs: list[dict[str, Any]],
+) -> None:
+    """The others are in the middle of a collective of the engine, where nobody can tell them."""
+    assert runs[0]["within a pass"][0] == "RankLostError"
+    assert "product of 1 vectors" in runs[0]["within a pass"][1]
+    assert runs[1]["within a pass"][:2] == ("ValueError", "my own mistake")
+    for one in runs:
+        assert one["within a pass"][2] < 60  # which is the timeout of the world's group
+        assert one["after it"][0] == "RankLostError"
+        assert one["unmoved"]

@@ -38,9 +38,12 @@ def merge(
 ) -> None:
     """Make one run file of several: of the shards of a scan, or of any runs.
 
+    For shards: curvdiag merge 'part-*.db' -o run.db
+
     Parts of one run become one run; runs of different names stay runs of their own. All is written, or nothing.
 
-    Refused, with what differs: runs of one name that are not one, and measurements that contradict each other.
+    Refused, with what differs: runs of one name that are not one, unless --apart or --join says what they are; and
+    measurements that contradict each other, unless --newest says which to take.
     """
     from curvdiag.record import merge_runs
 

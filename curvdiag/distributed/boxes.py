@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import itertools
 from collections.abc import Sequence
 
@@ -61,9 +62,11 @@ def holders(parameters: Sequence[Tensor], data: Ranks) -> Ranks:
     if len(everyone) == dist.get_world_size() or everyone not in sets:
         return ranks_of("world")
     members = tuple(sorted(everyone))
-    if members not in _GROUPS:
-        _GROUPS[members] = dist.new_group(list(members), use_local_synchronization=True)
-    return ranks_of(_GROUPS[members])
+    known = dist.group.WORLD, members  # a later world has groups of its own
+    if known not in _GROUPS:
+        _GROUPS[known] = dist.new_group(list(members), use_local_synchronization=True)
+    return ranks_of(_GROUPS[known])
 
 
-_GROUPS: dict[tuple[int, ...], dist.ProcessGroup] = {}
+_GROUPS: dict[tuple[dist.ProcessGroup | None, tuple[int, ...]], dist.ProcessGroup] = {}
+atexit.register(_GROUPS.clear)  # as curvdiag.distributed.ranks forgets its own

@@ -111,14 +111,18 @@ class Control:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             self.lost = (
                 f"a rank is gone, or has not answered within the timeout of the process group, in the {place} "
-                f"(seen by rank {self.rank} of {self.count}): {reason}"
+                f"(seen by rank {self.rank} of {self.count}): {reason}. What that rank printed says why; where it is "
+                "well, it does not make the calls that the others make, or as many steps of a training"
             )
             raise RankLostError(self.lost) from error
 
 
 def timeout_of(group: dist.ProcessGroup) -> datetime.timedelta:
     """How long a rank of the group waits for another."""
-    return group._get_backend(group._device_types[0]).options._timeout
+    try:
+        return group._get_backend(group._device_types[0]).options._timeout
+    except (AttributeError, IndexError, RuntimeError):  # a backend, or a version of PyTorch, that does not say
+        return dist.default_pg_timeout
 
 
 def _listed(places: list[str]) -> str:

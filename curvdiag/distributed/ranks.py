@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import atexit
 import socket
+import sys
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, TypeVar
 
@@ -16,11 +17,6 @@ from torch import Tensor
 
 from curvdiag.distributed.control import Control
 from curvdiag.errors import ArgumentError, DistributedError, RankLostError
-
-if dist.is_available():
-    # The defaults of its functions are the world's group as it is when they are first imported. PyTorch's compiler does
-    # that in the middle of a run, and they would then keep the group until the interpreter is taken apart.
-    import torch.distributed.nn.functional
 
 T = TypeVar("T")
 E = TypeVar("E", bound=Exception)
@@ -121,7 +117,7 @@ class Ranks:
         if self._control is not None:
             self._meet(place, _signature(tensor))
             source = dist.get_process_group_ranks(self._group)[0]
-            self._control.answered(lambda: dist.broadcast(tensor, source, group=self.group), place)
+            self._control.answered(lambda: dist.broadcast(tensor, source, group=self._over(tensor)), place)
         return tensor
 
     def concatenate(self, tensor: Tensor, dim: int = -1, place: str = "concatenation") -> Tensor:
@@ -133,7 +129,7 @@ class Ranks:
         padded = wide.new_zeros(max(lengths), *wide.shape[1:])
         padded[: len(wide)] = wide
         parts = [torch.empty_like(padded) for _ in lengths]
-        self._control.answered(lambda: dist.all_gather(parts, padded, group=self.group), place)
+        self._control.answered(lambda: dist.all_gather(parts, padded, group=self._over(padded)), place)
         return torch.cat([part[:n] for part, n in zip(parts, lengths, strict=True)]).movedim(0, dim)
 
     def gather(self, value: T, place: str = "gathering") -> list[T]:
@@ -183,8 +179,13 @@ class Ranks:
         except Exception as error:
             if not self._has_told(error):
                 self._known(error)
-                with suppress(DistributedError):  # its own error says more than that another rank has one as well
+                try:
                     self._control.round(place, error)
+                except RankLostError as lost:
+                    if _of_a_collective(error):  # one within the body, such as an engine's of sharded weights
+                        raise lost from error
+                except DistributedError:  # its own error says more than that another rank has one as well
+                    pass
             raise
         else:
             self._meet(place, number)
@@ -227,9 +228,14 @@ class Ranks:
         assert self.group is not None
         return self.group
 
+    def _over(self, tensor: Tensor) -> dist.ProcessGroup | None:
+        """The group that moves a tensor: what lies on the CPU, as a buffer may beside a GPU, goes with the words."""
+        assert self._control is not None
+        return self._control.group if tensor.device.type == "cpu" else self.group
+
     def _reduce(self, tensor: Tensor, place: str) -> None:
         assert self._control is not None
-        self._control.answered(lambda: dist.all_reduce(tensor, group=self.group), place)
+        self._control.answered(lambda: dist.all_reduce(tensor, group=self._over(tensor)), place)
         self.traffic.reductions += 1
         self.traffic.bytes += tensor.nbytes
 
@@ -243,6 +249,11 @@ class Ranks:
 
     def __repr__(self) -> str:
         return "alone" if self.alone else f"rank {self.rank} of {self.count}"
+
+
+def _of_a_collective(error: Exception) -> bool:
+    """Whether PyTorch's communication failed, which gloo says by no type of its own."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 def _signature(tensor: Tensor, start: int = 0) -> int:
@@ -265,6 +276,13 @@ def _let_go() -> None:
     for ranks in _KNOWN.values():
         ranks.group = ranks._control = None
     _KNOWN.clear()
+    # PyTorch's own functions have the world's group as it was when they were imported, which its compiler does in the
+    # middle of a run, as a default.
+    module = sys.modules.get("torch.distributed.nn.functional")
+    for function in () if module is None else vars(module).values():
+        defaults = getattr(function, "__defaults__", None) or ()
+        if any(isinstance(one, dist.ProcessGroup) for one in defaults):
+            function.__defaults__ = tuple(None if isinstance(one, dist.ProcessGroup) else one for one in defaults)
 
 
 def ranks_of(group: Group) -> Ranks:

@@ -97,12 +97,15 @@ class ShardedGradient:
             return self.model.data.total(float(self.loss(backward=False)))
 
     def refuse_infinite(self, loss: Tensor) -> None:
-        """
+        """Refuse a loss that is NaN or infinite on some rank; called by all, of which none goes on alone.
+
         Raises:
             NonFiniteError: This rank's share of the loss is NaN or infinite.
+            RankFailedError: Another rank's is.
         """
-        if not bool(torch.isfinite(loss)):
-            raise NonFiniteError(f"the loss on this rank's batches is {float(loss)}; there is no curvature here")
+        with self.model.ranks.together("loss of sharded weights"):
+            if not bool(torch.isfinite(loss)):
+                raise NonFiniteError(f"the loss on this rank's batches is {float(loss)}; there is no curvature here")
 
 
 @contextmanager

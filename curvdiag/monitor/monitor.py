@@ -39,10 +39,10 @@ class CurvatureMonitor(Follower):
     and warned about once, and training goes on. Forward hooks of the model run during measurements too, since layers
     may need them.
 
-    Where the objective is that of several ranks (``group=``), make and attach the monitor on all of them: they measure
-    together, at the same steps, and hold the same numbers, those of the first rank, which alone writes, tells loggers
-    and warns. Times, losses and rates are the first rank's. What fails on one rank is given up on all, and recorded
-    with the rank's name; ranks that are gone, or that were given different things, raise a
+    Where the objective is that of several ranks (``group=``), make, attach and close the monitor on all of them, which
+    take equally many steps: they measure together and hold the same numbers, those of the first rank, which alone
+    writes, tells loggers and warns. Times, losses and rates are the first rank's. What fails on one rank is given up on
+    all, and recorded with the rank's name; ranks that are gone, or that were given different things, raise a
     :class:`~curvdiag.errors.DistributedError`, since no training should go on with them. Of sharded weights
     products are finite differences, and what needs whole weights is left out.
 

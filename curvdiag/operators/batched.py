@@ -14,11 +14,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from curvdiag.errors import ArgumentError
 from curvdiag.objective import Objective
 from curvdiag.operators.kept_graph import KeptGraph
+from curvdiag.operators.watching import Watching
 
 Batched = bool | Literal["auto", "timed"]
 """Whether several vectors share a backward pass: always, never, by the rule of :class:`Batching`, or as timed."""
@@ -142,7 +142,7 @@ def _faster(rows: Tensor, once: Pass) -> bool:
     return min(one for one, _ in times) < min(other for _, other in times)
 
 
-class _Work(TorchDispatchMode):
+class _Work(Watching):
     """Counts operations, and the entries of what they give."""
 
     def __init__(self) -> None:

@@ -20,6 +20,7 @@ KINKED_MODULES = (
     nn.LeakyReLU,
     nn.PReLU,
     nn.RReLU,
+    nn.SELU,
     nn.Threshold,
     nn.Hardtanh,
     nn.Hardsigmoid,
@@ -33,18 +34,24 @@ KINKED_MODULES = (
     nn.AdaptiveMaxPool2d,
     nn.AdaptiveMaxPool3d,
 )
-_KINKED_NODES = (
+_JUMPING = (
     "Relu",
+    "LeakyRelu",
+    "Prelu",
+    "RreluWithNoise",
     "Threshold",
-    "MaxPool",
     "Hardtanh",
-    "Hardswish",
     "Hardsigmoid",
-    "Abs",
-    "Clamp",
-    "Max",
-    "Min",
+    "Hardswish",
+    "Hardshrink",
+    "Softshrink",
+    "MaxPool",
+    "AdaptiveMaxPool",
 )
+"""How names of operations begin whose derivative jumps: wherever they are, some step crosses a kink."""
+
+_PERHAPS_KINKED = (*_JUMPING, "Abs", "Clamp", "Max", "Min")
+"""Those and others, which often bend nowhere near: a norm is clamped so that nothing is divided by zero."""
 
 
 class FiniteDifferenceEngine:
@@ -53,9 +60,14 @@ class FiniteDifferenceEngine:
     The step moves the weights by the cube root of the precision, relative to the norm of those that the vector
     moves, where rounding and truncation balance.
 
+    Args:
+        kinks: Refuse activations and pooling with a kink outright. A product is wrong by many times its size where the
+            step crosses one and right where it does not, so that on few samples some vectors tell nothing of others.
+
     Raises:
-        SecondDerivativeError: Another step changes a product by more than ``rtol``, for a random vector or for what
-            two power iterations make of it, which is close to the sharpest directions.
+        SecondDerivativeError: The chosen parameters act through a kink; or another step changes a product by more than
+            ``rtol``, for a random vector or for what two power iterations make of it, which is close to the sharpest
+            directions.
     """
 
     graphs_built = 0
@@ -69,6 +81,8 @@ class FiniteDifferenceEngine:
         dtype: torch.dtype | None,
         pieces: list[Batch],
         rtol: float,
+        *,
+        kinks: bool = True,
     ) -> None:
         self.objective, self.weights, self.dtype, self.pieces = objective, weights, dtype, pieces
         coarsest = max(torch.finfo(t.dtype).eps for t in weights.chosen)
@@ -86,7 +100,14 @@ class FiniteDifferenceEngine:
         self.precision, self.rtol = coarsest, rtol
         self.squares = self._squares([w.detach() for w in weights.chosen])
         self.error = 0.0
+        if kinks:
+            self.refuse_kinks()
         self.check(range(len(weights.chosen)))
+
+    def refuse_kinks(self) -> None:
+        """Refuse a gradient that is known to jump, whether or not the steps of a check come across it."""
+        if jumps := self._jumps():
+            raise SecondDerivativeError(f"finite differences are for smooth models. {self._cause(jumps)}")
 
     def check(self, positions: Sequence[int]) -> None:
         """Measure the error on the block of the parameters at ``positions``, and refuse what is too coarse."""
@@ -178,11 +199,11 @@ class FiniteDifferenceEngine:
             inside[self.objective.parameters.slices[i]] = 1.0
         return inside
 
-    def _cause(self) -> str:
+    def _cause(self, jumps: Sequence[str] = ()) -> str:
         modules = self.objective.model.named_modules()
         kinked = [f"{type(m).__name__} {name!r}" for name, m in modules if isinstance(m, KINKED_MODULES)]
         if not kinked:
-            kinked = sorted({name for name in self._node_names() if any(k in name for k in _KINKED_NODES)})
+            kinked = list(jumps) or sorted({n for n in self._node_names() if any(k in n for k in _PERHAPS_KINKED)})
         if kinked:
             return (
                 f"The model has kinks ({', '.join(kinked[:4])}{', ...' if len(kinked) > 4 else ''}), across which the "
@@ -193,14 +214,24 @@ class FiniteDifferenceEngine:
             f"different sizes: {self.remedies[1]}"
         )
 
+    def _jumps(self) -> list[str]:
+        """Operations between the parameters and the loss whose derivative jumps, but for what smooths it again."""
+        edges = self._edges()
+        return sorted({node.name() for into, node in edges if _has_kink(node) and not _smooths(into, node)})
+
     def _node_names(self) -> Iterator[str]:
-        stack, seen = [self._loss().grad_fn], set()
+        return (child.name() for _, child in self._edges())
+
+    def _edges(self) -> Iterator[tuple[Any, Any]]:
+        """Each operation of the loss of some samples, with the one that its result goes into."""
+        root = self._loss().grad_fn
+        stack, seen = [(None, root)] if root is not None else [], set()
         while stack:
-            node = stack.pop()
-            if node is not None and node not in seen:
+            parent, node = stack.pop()
+            yield parent, node
+            if node not in seen:
                 seen.add(node)
-                yield node.name()
-                stack.extend(following for following, _ in node.next_functions)
+                stack.extend((node, following) for following, _ in node.next_functions if following is not None)
 
     def _loss(self) -> Any:
         """The loss of some samples, with its graph."""
@@ -215,3 +246,19 @@ class FiniteDifferenceEngine:
     def reached(self) -> list[bool]:
         parts = gradients(self.objective, self.weights, self.pieces, self.dtype)
         return [part is not None for part in parts]
+
+
+def _has_kink(node: Any) -> bool:
+    name = node.name()
+    if name.startswith("Elu"):  # also SELU and CELU: its slopes at zero
+        return bool(getattr(node, "_saved_alpha", 1.0) * getattr(node, "_saved_input_scale", 1.0) != 1.0)
+    return bool(name.startswith(_JUMPING))
+
+
+def _smooths(parent: Any, kinked: Any) -> bool:
+    """Whether ``parent`` is a power above one of ``kinked``, or its square: the gradient of that has no jump."""
+    name = "" if parent is None else parent.name()
+    if name.startswith("MulBackward"):
+        return all(following is kinked for following, _ in parent.next_functions)
+    exponent = getattr(parent, "_saved_exponent", None) if name.startswith("PowBackward") else None
+    return isinstance(exponent, int | float) and exponent > 1

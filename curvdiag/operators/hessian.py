@@ -33,7 +33,8 @@ class Hessian(ObjectiveOperator):
     Args:
         objective: What is differentiated.
         method: ``"exact"`` differentiates the gradient's graph. ``"finite-difference"`` takes central differences
-            of gradients, for smooth models without a second derivative; two gradients a product. Weights that are
+            of gradients, for smooth models without a second derivative; two gradients a product. A model whose
+            parameters act through a kink (ReLU, max pooling) is refused, whatever its data. Weights that are
             spread over ranks (``objective.sharded``) are measured by these alone, where they lie: vectors then hold
             this rank's numbers, as :attr:`space` has them, all ranks multiply together, and each time the shards are
             copied back bit for bit.
@@ -62,7 +63,7 @@ class Hessian(ObjectiveOperator):
         rtol: Largest error of finite differences that is accepted, measured once by halving the step.
 
     Raises:
-        SecondDerivativeError: A second derivative is missing, or finite differences are not accurate.
+        SecondDerivativeError: A second derivative is missing, or finite differences are not accurate or meet kinks.
         NonFiniteError: The loss or its gradient is not finite.
         StaleWeightsError: With ``share=True``, or with sharded weights, the weights changed.
         ArgumentError: The exact product is asked of sharded weights.

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from curvdiag.operators.watching import Watching
 
 
-class LiveBytes(TorchDispatchMode):
+class LiveBytes(Watching):
     """Counts, while it is entered, the memory that PyTorch's operations allocate, backward passes among them.
 
     What was there before is not counted, nor are views of it. Storages are watched and not held. What an operation

@@ -176,6 +176,7 @@ class ObjectiveOperator(SymmetricOperator):
         self.cost.seconds += time.perf_counter() - started
         return products
 
+    @collectively
     def traffic(self) -> CollectiveTraffic:
         """What the ranks exchange for one product, counted in one; all ranks call it together."""
         row = self.space.rademacher(1, seed=0, dtype=self.dtype, device=self.device)
@@ -217,8 +218,7 @@ class ObjectiveOperator(SymmetricOperator):
         block.size = block.parameters.size
         block.cost = Cost()
         if isinstance(self._engine, FiniteDifferenceEngine):
-            with self.objective.holders.together("check of a block"):
-                self._engine.check(block._positions)
+            self._engine.check(block._positions)
         return block
 
     @collectively

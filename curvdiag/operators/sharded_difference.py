@@ -28,6 +28,8 @@ class ShardedDifferences(FiniteDifferenceEngine):
     Raises:
         SecondDerivativeError: The differences are not accurate, or the engine computes in less than float32.
         LossError: The engine's gradient is not the slope of the loss.
+        RankLostError: Another rank failed within a pass, or is gone; after the timeout of the process group, since
+            this one waits for it in the middle of the engine's own exchanges.
     """
 
     remedies = (f"use a smooth activation, or {REMAINING}", f"train in float64, or {REMAINING}")
@@ -47,6 +49,7 @@ class ShardedDifferences(FiniteDifferenceEngine):
         self.shards, self.device = self.gradient.shards, self.gradient.device
         self._layouts = {tuple(range(len(weights.chosen))): self.shards}
         self.squares = self._squares([local(p) for p in weights.chosen])
+        self.refuse_kinks()
         if not objective.__dict__.get("_slope_is_right"):
             self.check_slope()
             objective.__dict__["_slope_is_right"] = True
@@ -154,6 +157,11 @@ class ShardedDifferences(FiniteDifferenceEngine):
                 there, behind = self.gradient.at(live)
         self.gradient.refuse_infinite(ahead + behind)
         return change.sub_(there)
+
+    def _jumps(self) -> list[str]:
+        with self.model.ranks.together("search for kinks"):
+            own = super()._jumps()
+        return sorted({name for found in self.model.ranks.gather(own, "kinks") for name in found})
 
     def _loss(self) -> Any:
         with self.gradient.borrowed():

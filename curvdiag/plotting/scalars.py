@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy import stats
+from scipy.special import stdtrit
 
 from curvdiag.errors import ArgumentError
 from curvdiag.plotting.style import LINES, open_frame, own_axes
@@ -88,6 +88,6 @@ def band(one: Series) -> tuple[np.ndarray, np.ndarray]:
     errors = np.asarray(one.standard_errors, dtype=np.float64)
     samples = np.asarray(one.samples) if len(one.samples) == len(values) else np.zeros(len(values))
     known = (samples >= 3) & np.isfinite(errors) & np.isfinite(values)
-    t = stats.t.ppf(0.5 + LEVEL / 2, np.maximum(samples - 1, 1))
+    t = stdtrit(np.maximum(samples - 1, 1), 0.5 + LEVEL / 2)
     half = np.where(known, t * errors, np.nan)
     return values - half, values + half

@@ -38,7 +38,8 @@ class MergedRun(Result):
 
     def __str__(self) -> str:
         many = "1 file" if len(self.files) == 1 else f"{len(self.files)} files"
-        return f"run {self.name!r}, {self.measurements} measurements from {many}"
+        held = "1 measurement" if self.measurements == 1 else f"{self.measurements} measurements"
+        return f"run {self.name!r}, {held} from {many}"
 
 
 @dataclass(frozen=True)

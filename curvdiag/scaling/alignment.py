@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import rankdata
 from torch import Tensor
 
 from curvdiag.errors import ArgumentError, NonFiniteError
@@ -249,6 +248,8 @@ def _random_window(
 
 
 def _rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
+    from scipy.stats import rankdata  # scipy.stats takes longer to import than all else here
+
     a, b = (rank - rank.mean() for rank in (rankdata(x), rankdata(y)))
     return _ratio(float(a @ b), math.sqrt(float(a @ a) * float(b @ b)))
 

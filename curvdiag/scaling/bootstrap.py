@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy.special import stdtrit
 
 Array = NDArray[np.float64]
 
@@ -88,7 +88,7 @@ def corrected_interval(value: Array, replicates: Array, level: float, samples: i
     found = replicates[np.isfinite(replicates)]
     if len(found) < 0.9 * len(replicates) or len(found) < 2 or not np.isfinite(value):
         return np.nan, np.nan
-    half = stats.t.ppf(0.5 + level / 2, min(samples, len(found)) - 1) * found.std(ddof=1)
+    half = stdtrit(min(samples, len(found)) - 1, 0.5 + level / 2) * found.std(ddof=1)
     centre = 2 * value - found.mean()
     return float(centre - half), float(centre + half)
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from scipy import stats
+from scipy.special import stdtrit
 
 from curvdiag.errors import ArgumentError
 from curvdiag.spectrum.lanczos import Reorthogonalize, Tridiagonal
@@ -67,7 +67,7 @@ def reach(run: Quadrature, rtol: float, steps: int, probes: int) -> str:
     scale = found.mean(1)[[1, 1, 2]]
     spread = found.std(1, ddof=1)
     allowed = np.maximum(rtol * scale, np.finfo(np.float64).tiny)
-    need = float(np.max((stats.t.ppf(0.5 + LEVEL / 2, first - 1) * spread / allowed) ** 2))
+    need = float(np.max((stdtrit(first - 1, 0.5 + LEVEL / 2) * spread / allowed) ** 2))
     total = min(max(first, math.ceil(min(need, 1e9))), MOST * first)
     run.take(total - first, taken, run.matvecs + (total - first) * taken)
     missing = []

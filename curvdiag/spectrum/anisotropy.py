@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy import stats
+from scipy.special import gammaincinv
 from torch import Tensor
 
 from curvdiag.errors import ArgumentError, NonFiniteError
@@ -278,7 +278,8 @@ def _lone_eigenvalues(density: SpectralDensity, width: float) -> SpectralDensity
     seen = np.zeros((group[-1] + 1, density.probes), dtype=bool)
     seen[group, probe[order]] = True
     count = np.bincount(group, weights) * density.size / density.probes
-    lone = seen.all(axis=1) & (count <= stats.chi2.ppf(0.999, density.probes) / density.probes)
+    chi_square = 2 * gammaincinv(density.probes / 2, 0.999)  # its quantile
+    lone = seen.all(axis=1) & (count <= chi_square / density.probes)
     changed = density.weights.ravel().copy()
     # Scaling keeps the copies of an eigenvalue together and its mean over the probes at 1 / P.
     changed[order] = np.where(lone[group], weights / count[group], weights)

@@ -8,6 +8,7 @@ from math import inf
 
 import torch
 
+from curvdiag.distributed import collectively
 from curvdiag.errors import ArgumentError
 from curvdiag.memory import free_bytes, human_bytes
 from curvdiag.objective import Objective
@@ -109,6 +110,7 @@ class MeasurementPlan(Result):
         return "\n".join(lines if self.on_ranks is None else [*lines, str(self.on_ranks)])
 
 
+@collectively
 def plan_density(
     objective: Objective,
     *,

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from curvdiag.data import Batch, sample_count
@@ -16,6 +15,7 @@ from curvdiag.objective import Objective
 from curvdiag.operators.live_bytes import LiveBytes
 from curvdiag.operators.plan import GraphBytes, calibration, first_samples, largest, through
 from curvdiag.operators.trial import Trial
+from curvdiag.operators.watching import Watching
 from curvdiag.spectrum.collectives import Units, units_of
 from curvdiag.spectrum.scale import Work
 from curvdiag.weights import Weights
@@ -77,7 +77,7 @@ def _already(module: nn.Module) -> bool:
     return any(base.__name__ == "FSDPModule" for base in type(module).__mro__)
 
 
-class _Operations(TorchDispatchMode):
+class _Operations(Watching):
     """Counts the multiplications and additions of matrix products and convolutions."""
 
     total = 0

@@ -11,7 +11,7 @@ from curvdiag.spectrum.hardware import Hardware, Rates, hardware_of
 from curvdiag.spectrum.scale import Run, Share, Work, data_parallel, sharded
 
 ROWS = ("each rank", "samples", "weights", "copies", "vectors", "graphs", "gathered", "activations", "in a product",
-        "peak", "sent", "a product", "the density")  # fmt: skip
+        "peak", "sent", "collectives", "a product", "the density")  # fmt: skip
 """What is told of each way, in this order; a way has those that concern it."""
 
 
@@ -124,7 +124,8 @@ def _column(share: Share) -> dict[str, str]:
     if share.free is not None:
         peak += f" of {human_bytes(share.free)}{'' if share.fits else ': does not fit'}"
     found["peak"] = peak
-    found["sent"] = f"{human_bytes(share.sent)} for a product, {_count(share.collectives)}"
+    found["sent"] = f"{human_bytes(share.sent)} for a product"
+    found["collectives"] = _count(share.collectives)
     found["a product"] = _times(share)
     found["the density"] = f"{share.products:,} products" + (
         "" if share.seconds is None else f", {duration(share.seconds)}"
@@ -134,8 +135,8 @@ def _column(share: Share) -> dict[str, str]:
 
 def _count(collectives: float) -> str:
     if collectives and collectives < 1:
-        return f"a collective for {1 / collectives:.0f} of them"
-    return f"{collectives:,.0f} collective{'s' * (collectives != 1)}"
+        return f"1 for {1 / collectives:.0f} products"
+    return f"{collectives:,.0f} for a product"
 
 
 def _times(share: Share) -> str:
