@@ -26,10 +26,13 @@ TAIL = """
 torch.save(saved, os.path.join(folder, f"saved-{rank}.pt"))
 dist.barrier()
 dist.destroy_process_group()
+sys.stdout.flush()
+sys.stderr.flush()
+os._exit(0)  # gloo now and then aborts a process whose mesh or model holds a group while the interpreter is taken apart
 """
 
 
-def launch(script: str, world: int, folder: Path, *, timeout: float = 60, limit: float = 150) -> list[dict[str, Any]]:
+def launch(script: str, world: int, folder: Path, *, timeout: float = 60, limit: float = 280) -> list[dict[str, Any]]:
     """Run ``script`` on ``world`` ranks and return what each has put into its dictionary ``saved``.
 
     The script knows ``rank``, ``world``, ``folder``, ``saved``, ``torch``, ``dist``, ``os``, ``sys`` and ``warnings``,
@@ -49,7 +52,7 @@ def launch(script: str, world: int, folder: Path, *, timeout: float = 60, limit:
 
 
 def started(
-    script: str, world: int, folder: Path, *, timeout: float = 60, limit: float = 150
+    script: str, world: int, folder: Path, *, timeout: float = 60, limit: float = 280
 ) -> subprocess.CompletedProcess[str]:
     """The finished run of ``script``, whatever its end was; output and errors together in ``stdout``."""
     here = Path(__file__).parent
