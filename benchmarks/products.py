@@ -10,7 +10,7 @@ from dataclasses import replace
 import measure
 import torch
 from digits import trained
-from measure import relative
+from measure import Timing, relative
 from nets import gradient
 from peers import Peer
 from report import Row, row_of
@@ -33,6 +33,7 @@ def product_rows(subject: Subject, settings: Settings) -> list[Row]:
     candidates: dict[str, Callable[[], object]] = {
         "kept": lambda: subject.kept @ vector,
         "rebuilt": lambda: subject.rebuilt @ vector,
+        "form": lambda: subject.kept.quadratic_form(vector),
     }
     for peer in subject.peers:
         candidates[peer.name] = _product(peer, peer.prepare(vector))
@@ -43,11 +44,21 @@ def product_rows(subject: Subject, settings: Settings) -> list[Row]:
     rows = [
         row_of(SECTION, name, "curvdiag, graphs kept", timings["kept"], KEPT[name], note),
         row_of(SECTION, name, "curvdiag, graphs rebuilt", timings["rebuilt"], REBUILT, same),
+        form_row(subject, timings["form"], timings["kept"].median),
         *shared_rows(subject, settings),
     ]
     for peer in subject.peers:
         rows.append(row_of(SECTION, name, peer.name, timings[peer.name], None, subject.difference(peer.name)))
     return rows
+
+
+def form_row(subject: Subject, timing: Timing, product: float) -> Row:
+    """``v^T H v`` without the product, which is to be cheaper than it."""
+    vector = subject.vector
+    truth = float(vector.double() @ subject.product.double())
+    apart = abs(float(subject.kept.quadratic_form(vector)) / truth - 1)
+    note = f"{timing.median / product:.2f} of the product; differs from v . (H @ v) by {apart:.0e}"
+    return row_of(SECTION, subject.name, "curvdiag, v^T H v alone", timing, product, note)
 
 
 def shared_rows(subject: Subject, settings: Settings) -> list[Row]:

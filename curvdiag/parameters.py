@@ -91,8 +91,9 @@ class Parameters:
         return f"{len(self)} tensors of {self.size:,} numbers ({told:08x})"
 
     def views(self, vector: Tensor) -> list[Tensor]:
-        """The parts of a contiguous vector ``[P]`` in the shapes of the parameters, without copying."""
-        return [part.view(shape) for part, shape in zip(vector.split(self.numels), self.shapes, strict=True)]
+        """The parts of a contiguous vector ``[P]``, or of several as rows, in the parameters' shapes; no copies."""
+        parts = zip(vector.split(self.numels, dim=-1), self.shapes, strict=True)
+        return [part.view((*vector.shape[:-1], *shape)) for part, shape in parts]
 
     def flatten(self, tensors: Iterable[Tensor]) -> Tensor:
         """One vector ``[P]`` from tensors in the shapes of the parameters."""

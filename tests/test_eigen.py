@@ -241,6 +241,16 @@ def test_restarts_on_a_short_basis_reach_the_same_pairs():
     check_against_lapack(pairs, matrix)
 
 
+@pytest.mark.parametrize("which", ["LA", "SA"])
+@pytest.mark.parametrize(("basis", "most"), [(7, 100), (None, 60)])
+def test_an_outlier_at_the_other_end_counts_after_a_restart(which, basis, most):
+    values = torch.cat([torch.tensor([100.0]), torch.linspace(0, 1, 400)]).double() * (-1 if which == "LA" else 1)
+    pairs = top_eigenpairs(torch.diag(values), 3, which=which, tol=1e-4, basis_size=basis, max_matvecs=400)
+    assert pairs.converged.all()
+    assert float(pairs.residuals.max()) <= 1e-4 * 100
+    assert 28 < pairs.matvecs <= most  # so it did restart
+
+
 def test_what_has_not_converged_is_flagged():
     matrix, _ = with_spectrum(torch.linspace(0, 1, 300, dtype=torch.float64))
     pairs = top_eigenpairs(matrix, 6, tol=1e-8, max_matvecs=12)

@@ -38,14 +38,18 @@ def digits(**options):
 
 @pytest.fixture
 def multiplied(monkeypatch):
-    """Each vector, as a row of single numbers, that a Hessian is multiplied with."""
-    rows, plain = [], Hessian._multiply
+    """Each vector, as a row of single numbers, that a Hessian is multiplied with, or that it takes the form of."""
+    rows = []
 
-    def record(self, vectors):
-        rows.extend(vectors.detach().clone().unbind(0))
-        return plain(self, vectors)
+    def recorded(plain):
+        def record(self, vectors):
+            rows.extend(vectors.detach().clone().unbind(0))
+            return plain(self, vectors)
 
-    monkeypatch.setattr(Hessian, "_multiply", record)
+        return record
+
+    for name in ("_multiply", "_forms"):
+        monkeypatch.setattr(Hessian, name, recorded(getattr(Hessian, name)))
     return rows
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 from itertools import pairwise
-from typing import Any
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from torch.nn import functional as F
 from curvdiag import GaussNewton, Hessian, NoiseCovariance, Objective
 from curvdiag.data import merge, sample_count, tensors_of
 from curvdiag.errors import SecondDerivativeError
-from curvdiag.operators import gradient_graph, graphs
+from curvdiag.operators import graphs
 from curvdiag.operators.gradient_graph import GradientGraph as Graph
 from curvdiag.operators.plan import GraphBytes, lay_out
 
@@ -201,13 +200,13 @@ def test_the_symmetry_is_checked_once_on_a_few_samples(
     samples: int, checked: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
-    check = gradient_graph.check_symmetry
+    check = Graph._meets
 
-    def recorded(objective: Objective, dtype: torch.dtype | None, product: Any) -> bool:
-        seen.append(sample_count(product.__self__.batch))
-        return check(objective, dtype, product)
+    def recorded(graph: Graph) -> bool:
+        seen.append(sample_count(graph.batch))
+        return check(graph)
 
-    monkeypatch.setattr(gradient_graph, "check_symmetry", recorded)
+    monkeypatch.setattr(Graph, "_meets", recorded)
     model, batches = small_batches(1, samples)
     objective = Objective(model, F.cross_entropy, batches)
     Hessian(objective) @ torch.ones(objective.parameters.size, dtype=torch.float64)

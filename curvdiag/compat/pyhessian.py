@@ -153,8 +153,7 @@ class hessian:
             count = min(GROUP, most - len(samples))
             like = {"dtype": self.operator.dtype, "device": self.operator.device}
             signs = rademacher(count, self.operator.size, seed=seed, first=len(samples), **like)  # type: ignore[arg-type]
-            images = (self.operator @ signs.T).T
-            samples += (signs.double() * images.double()).sum(1).tolist()
+            samples += self.operator.quadratic_form(signs.T).tolist()
         return samples
 
     def density(self, iter: int = 100, n_v: int = 1) -> tuple[list[list[float]], list[list[float]]]:

@@ -22,7 +22,7 @@ class Cost:
     """What an operator has done so far.
 
     Attributes:
-        matvecs: Products with one vector (a product with ``k`` vectors counts ``k``).
+        matvecs: Products with one vector (a product with ``k`` vectors counts ``k``), quadratic forms among them.
         graphs: Graphs built: one forward and one differentiable backward pass over a group of batches each.
         seconds: Time spent in both.
     """
@@ -65,6 +65,30 @@ class SymmetricOperator(abc.ABC):
         return self.size
 
     def __matmul__(self, other: Tensor) -> Tensor:
+        self._check_shape(other)
+        self.refresh()
+        with torch.inference_mode(False):
+            product = self.apply(self._rows(other)).T
+        return product[:, 0] if other.ndim == 1 else product
+
+    def quadratic_form(self, vectors: Tensor) -> Tensor:
+        """``v^T H v`` in float64: a number for a vector ``[P]``, numbers ``[k]`` for the columns of ``[P, k]``.
+
+        For an exact Hessian this takes about three quarters of a product's time where the second backward pass can
+        stop half way: not with custom functions, checkpoints, hooks, complex numbers, or GroupNorm, nor compiled.
+        For ``C`` and the Gauss-Newton matrix it takes about 0.6 of one. Everything else takes the product.
+        """
+        self._check_shape(vectors)
+        self.refresh()
+        with torch.inference_mode(False):
+            forms = self.forms(self._rows(vectors))
+        return forms[0] if vectors.ndim == 1 else forms
+
+    def forms(self, rows: Tensor) -> Tensor:
+        """``v^T H v`` ``[k]`` in float64 for the rows of a contiguous ``[k, P]`` tensor."""
+        return self.space.dots(rows, self.apply(rows))
+
+    def _check_shape(self, other: Tensor) -> None:
         if not isinstance(other, Tensor):
             raise ArgumentError(f"expected a tensor of {self.size} rows, got {type(other).__name__}")
         local = self.space.local
@@ -74,11 +98,10 @@ class SymmetricOperator(abc.ABC):
                 f"cannot multiply a {self.size} x {self.size} operator{held} with a tensor of shape "
                 f"{tuple(other.shape)}"
             )
-        self.refresh()
-        with torch.inference_mode(False):
-            rows = other.detach().to(device=self.device, dtype=self.dtype).reshape(local, -1).T.contiguous()
-            product = self.apply(rows).T
-        return product[:, 0] if other.ndim == 1 else product
+
+    def _rows(self, columns: Tensor) -> Tensor:
+        """A vector, or columns, as contiguous rows ``[k, local]`` of the operator's type."""
+        return columns.detach().to(device=self.device, dtype=self.dtype).reshape(self.space.local, -1).T.contiguous()
 
     def matvec(self, vector: Tensor) -> Tensor:
         """Product with one vector ``[P]``."""
@@ -138,6 +161,7 @@ class LinearMap:
     Attributes:
         size: Order ``P`` of the matrix.
         space: Where the vectors live, and how long they are here; whole in this process alone where it is not given.
+        forms: ``v^T H v`` ``[k]`` of rows, where there is a cheaper way than a product.
     """
 
     apply: Callable[[Tensor], Tensor]
@@ -145,6 +169,7 @@ class LinearMap:
     dtype: torch.dtype
     device: torch.device
     space: Space = None  # type: ignore[assignment]
+    forms: Callable[[Tensor], Tensor] | None = None
 
     def __post_init__(self) -> None:
         if self.space is None:
@@ -166,7 +191,7 @@ def linear_map(op: Any) -> LinearMap:
     size = int(shape[0])
     if isinstance(op, SymmetricOperator):
         op.refresh()
-        return LinearMap(op.apply, size, op.dtype, op.device, op.space)
+        return LinearMap(op.apply, size, op.dtype, op.device, op.space, op.forms)
     if isinstance(op, Tensor):
         if not op.dtype.is_floating_point:
             raise ArgumentError(f"a dense operator needs a real floating-point dtype, not {op.dtype}")

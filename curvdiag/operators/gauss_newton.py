@@ -83,5 +83,9 @@ class GaussNewton(ObjectiveOperator):
     def _multiply_blocks(self, rows: Sequence[Tensor], positions: Sequence[Sequence[int]]) -> list[Tensor]:
         return self._engine.multiply_blocks(rows, positions, self._product)
 
+    def _forms(self, rows: Tensor) -> Tensor:
+        form = "form" if self._product == "multiply" else "gauss_newton_form"
+        return self._engine.forms(rows, self._positions, form)
+
     def __repr__(self) -> str:
         return f"GaussNewton({self.size:,} parameters, {self.dtype}, {self.plan}{self._precision_note()})"

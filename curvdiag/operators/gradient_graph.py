@@ -9,6 +9,7 @@ matrix need no other graph.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from curvdiag.operators.kept_graph import watched_hooks
+from curvdiag.operators.meeting import Meeting
 from curvdiag.operators.output_products import OutputProducts
 from curvdiag.operators.outputs import Outputs, caught_outputs, check_only_way
 from curvdiag.operators.second_derivative import (
@@ -24,7 +26,10 @@ from curvdiag.operators.second_derivative import (
     check_nodes,
     check_symmetry,
     check_truly_zero,
+    random_pair,
 )
+from curvdiag.sandbox import numerics
+from curvdiag.space.inner_products import dots_of_parts
 
 
 class GradientGraph(OutputProducts):
@@ -34,6 +39,7 @@ class GradientGraph(OutputProducts):
 
     def _build(self, live: Mapping[str, Tensor]) -> None:
         self.cleared: set[int] = set()
+        self.reaches: set[int] = set()
         self.suspicious = False
         with watched_hooks() as hooks, caught_outputs(self.objective.model, None, must=False) as outputs:
             totals = self.objective.totals(self.batch, self.dtype)
@@ -56,7 +62,9 @@ class GradientGraph(OutputProducts):
         if outputs.value is not None:
             self.shape = outputs.value = outputs.value.new_empty(outputs.value.shape, device="meta")
         wanted: tuple[Any, ...] = (*self.weights.chosen, *(() if self.output is None else (self.output,)))
-        gradients = torch.autograd.grad(loss, wanted, create_graph=True, allow_unused=True)
+        self.meeting = Meeting(loss)
+        with self.meeting.noted():
+            gradients = torch.autograd.grad(loss, wanted, create_graph=True, allow_unused=True)
         slope = None if self.output is None else gradients[-1]
         self.entry = self.slope = None if slope is None or not slope.requires_grad else get_gradient_edge(slope)
         return gradients[: len(self.weights.chosen)]
@@ -64,8 +72,37 @@ class GradientGraph(OutputProducts):
     def _verify(self) -> None:
         if self.suspicious:
             check_against_differences(self.objective, self.weights, self.batch, self.dtype, self.whole)
-        if not self.objective.__dict__.get("_symmetric"):
-            self.objective.__dict__["_symmetric"] = check_symmetry(self.objective, self.dtype, self.whole)
+        known = self.objective.__dict__
+        if not known.get("_symmetric"):
+            known["_meets"] = {self.dtype: self._meets()}
+            known["_symmetric"] = known["_meets"][self.dtype] or check_symmetry(self.objective, self.dtype, self.whole)
+
+    def _meets(self) -> bool:
+        """Whether ``u . H v`` from a product is ``v . H u`` from half of one, to half of the digits.
+
+        Where it is not, either may be wrong, or there is nothing to see: products alone will tell.
+        """
+        if self.recomputes or not self.meeting.possible:
+            return False
+        chosen, everything = self.weights.chosen, range(len(self.edges))
+        u, v = (self._parts(row) for row in random_pair(self.objective, self.dtype))
+        backward = functools.partial(self._backward, keep=True)
+        with numerics(self.objective.device):
+            terms = self._terms(v, everything)
+            if not terms:
+                return False
+            products, motions = self.meeting.product(backward, terms, chosen)
+            self._check_reached(products, everything)
+            if all(part is None for part in products):
+                return False
+            try:
+                with self.walking:
+                    left, _ = self.meeting.half(backward, self._terms(u, everything), chosen, ())
+            except Exception:  # what a user's hook on a tensor says to a walk that is cut may be anything
+                return False
+            forth, back = dots_of_parts(list(zip(products, u, strict=True))), left.meets(motions, v)
+            scale = float(dots_of_parts([(part, part) for part in products])) ** 0.5
+        return back is not None and abs(float(forth - back)) < torch.finfo(u[0].dtype).eps ** 0.5 * scale
 
     def _check_constant(self, gradients: Sequence[Tensor | None]) -> None:
         """The gradient is constant only in parameters whose second derivative is truly zero."""
@@ -81,10 +118,23 @@ class GradientGraph(OutputProducts):
         if not terms:
             return [None] * len(positions)
         products = self._backward(terms, leaves, keep=keep or not self.checked, batched=batched)
-        if not self.checked:
-            self._check_missing([i for i, product in zip(positions, products, strict=True) if product is None])
-            self.checked = len(positions) == len(self.edges)
+        self._check_reached(products, positions)
         return list(products)
+
+    def form(
+        self, vectors: Sequence[Tensor], positions: Sequence[int], *, keep: bool, batched: bool = False
+    ) -> Tensor | None:
+        """``v^T H v`` for a vector that is zero outside ``positions``; from half a product once that is known to do."""
+        terms, meets = self._terms(vectors, positions), self.objective.__dict__.get("_meets", {}).get(self.dtype)
+        if terms and meets and self.meeting.possible and (self.checked or self.reaches.issuperset(positions)):
+            backward = functools.partial(self._backward, keep=True, batched=batched)
+            leaves = [self.weights.chosen[i] for i in positions]
+            with self.walking:
+                found = self.meeting.form(backward, terms, leaves, vectors, positions, batched=batched)
+            if found is not None:
+                return found
+            self.meeting.possible = False
+        return super().form(vectors, positions, keep=keep, batched=batched)
 
     def gauss_newton(
         self, vectors: Sequence[Tensor], positions: Sequence[int], *, keep: bool, batched: bool = False
@@ -94,12 +144,22 @@ class GradientGraph(OutputProducts):
         Raises:
             LossError: The outputs cannot be found, or are not the only way from the parameters to the loss.
         """
+        self._check_way()
+        return self.through_outputs(vectors, positions, keep=keep, batched=batched)
+
+    def gauss_newton_form(
+        self, vectors: Sequence[Tensor], positions: Sequence[int], *, keep: bool, batched: bool = False
+    ) -> Tensor | None:
+        """Its quadratic form; raises the same."""
+        self._check_way()
+        return self.form_at_outputs(vectors, positions, keep=keep, batched=batched)
+
+    def _check_way(self) -> None:
         if not self.way_checked:
             self.outputs.single()
             self.custom = check_only_way(self.totals, self.output, self.weights)
             self._check_outputs(GradientGraph)
             self.way_checked = True
-        return self.through_outputs(vectors, positions, keep=keep, batched=batched)
 
     def along(
         self, vectors: Sequence[Tensor], positions: Sequence[int], *, keep: bool, batched: bool = False
@@ -116,6 +176,13 @@ class GradientGraph(OutputProducts):
             return [None] * len(positions)
         leaves = [self.weights.chosen[i] for i in positions]
         return list(self._backward([(self.totals, coefficients)], leaves, keep=keep, batched=batched))
+
+    def _check_reached(self, products: Sequence[Tensor | None], positions: Sequence[int]) -> None:
+        """Look at what a first product did not reach."""
+        if not self.checked:
+            self._check_missing([i for i, product in zip(positions, products, strict=True) if product is None])
+            self.reaches.update(positions)
+            self.checked = len(self.reaches) == len(self.edges)
 
     def _check_missing(self, positions: Sequence[int]) -> None:
         """Parameters that a product did not reach: does any second derivative, if they have a gradient?"""

@@ -35,6 +35,7 @@ from curvdiag.operators.precision import Multiplication, multiplication
 from curvdiag.operators.traced_graph import TracedGraphs
 from curvdiag.parameters import Parameters
 from curvdiag.sandbox import numerics
+from curvdiag.space.inner_products import wide_dtype
 from curvdiag.weights import Weights
 
 T = TypeVar("T")
@@ -196,6 +197,34 @@ class GraphEngine(Generic[G]):
         self.unvisited = False
         return [torch.zeros_like(part) if out is None else out for part, out in zip(rows, outs, strict=True)]
 
+    def forms(self, rows: Tensor, positions: Sequence[int], form: str = "form") -> Tensor:
+        """``v^T M v`` ``[k]`` in float64 for rows ``[k, p]``, over the parameters at ``positions`` alone.
+
+        Args:
+            form: Which matrix of the graph: the method that takes its quadratic forms.
+        """
+
+        def forms(graph: G) -> Tensor:
+            found = torch.zeros(len(rows), dtype=wide_dtype(rows.device), device=rows.device)
+
+            def once(row: Tensor, keep: bool, batched: bool) -> Parts:
+                vectors = self._vectors(row, positions)
+                return [getattr(graph, form)(vectors, positions, keep=keep, batched=batched)]
+
+            for index, (one,) in self.batching.passes(graph, rows, once, (form, *positions), keep=True):
+                if one is not None:
+                    found[index] = one
+            return found
+
+        with numerics(rows.device), multiplication(self.multiply_in):
+            found = [forms(graph) for graph in self.kept]
+            for index, group in enumerate(self.rebuilt):
+                found.append(forms(self._graph(merge(group), set(positions) <= self.trusted[index])))
+                if form == "form":  # others do not check its derivatives
+                    self.trusted[index] |= set(positions)
+        self.unvisited = False
+        return torch.stack(found).sum(0)
+
     def sample_dots(self: GraphEngine[GradientGraph], rows: Tensor, positions: Sequence[int]) -> Tensor:
         """``v . grad t_i / total_weight`` of every sample ``[k, N]``, for rows ``[k, p]``."""
         return self.sample_dots_of_blocks([rows], [positions])[0]
@@ -268,7 +297,7 @@ class GraphEngine(Generic[G]):
 
     def _vectors(self, rows: Tensor, positions: Sequence[int]) -> list[Tensor]:
         """A flat vector, or several as rows, in the shapes and types of the parameters at ``positions``."""
-        views = _views(self.objective.parameters.subset(positions), rows)
+        views = self.objective.parameters.subset(positions).views(rows)
         return [v.to(self.weights.chosen[i].dtype) for v, i in zip(views, positions, strict=True)]
 
     def _add_blocks(
@@ -308,12 +337,6 @@ class GraphEngine(Generic[G]):
         self.unvisited = False
 
 
-def _views(layout: Parameters, rows: Tensor) -> list[Tensor]:
-    """The parts of a vector ``[P]``, or of several as rows, in the shapes of the parameters."""
-    parts = zip(rows.split(layout.numels, dim=-1), layout.shapes, strict=True)
-    return [part.view((*rows.shape[:-1], *shape)) for part, shape in parts]
-
-
 def _accumulate(products: Parts, total: Tensor, layout: Parameters, *, fresh: bool) -> None:
     """Add products given by parameter to a flat vector, or to several as rows, or write them there if ``fresh``."""
     if fresh and all(p is not None and p.dtype == total.dtype for p in products):
@@ -323,6 +346,6 @@ def _accumulate(products: Parts, total: Tensor, layout: Parameters, *, fresh: bo
         return
     if fresh:
         total.zero_()
-    for view, product in zip(_views(layout, total), products, strict=True):
+    for view, product in zip(layout.views(total), products, strict=True):
         if product is not None:
             view.add_(product)

@@ -15,6 +15,7 @@ from curvdiag.operators.base import Cost
 from curvdiag.operators.batched import Batched
 from curvdiag.operators.finite_difference import FiniteDifferenceEngine
 from curvdiag.operators.gradient_graph import GradientGraph
+from curvdiag.operators.graphs import GraphEngine
 from curvdiag.operators.objective_operator import ObjectiveOperator
 from curvdiag.operators.precision import Precision
 from curvdiag.operators.program import HESSIAN
@@ -129,6 +130,11 @@ class Hessian(ObjectiveOperator):
 
     def _multiply(self, rows: Tensor) -> Tensor:
         return self._engine.multiply(rows, self._positions)
+
+    def _forms(self, rows: Tensor) -> Tensor:
+        if isinstance(self._engine, GraphEngine):
+            return self._engine.forms(rows, self._positions)
+        return super()._forms(rows)
 
     def __repr__(self) -> str:
         plan = self.plan or "two gradients a product"

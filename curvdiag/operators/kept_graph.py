@@ -17,6 +17,7 @@ from curvdiag.errors import NonFiniteError
 from curvdiag.objective import Objective
 from curvdiag.operators.second_derivative import missing_derivatives
 from curvdiag.sandbox import numerics
+from curvdiag.space.inner_products import dots_of_parts
 from curvdiag.weights import Weights
 
 
@@ -33,6 +34,7 @@ class KeptGraph(abc.ABC):
         nonzero: For each parameter, whether its gradient is not zero.
         recomputes: A backward pass runs parts of the model again (checkpointing).
         checked: No derivative is missing.
+        walking: Held by whoever walks the graph, which others may be cutting short.
         can_batch: Several vectors can go through it in one pass.
     """
 
@@ -54,6 +56,7 @@ class KeptGraph(abc.ABC):
     ) -> None:
         self.objective, self.weights, self.batch, self.dtype = objective, weights, batch, dtype
         self.checked = trusted
+        self.walking = threading.RLock()
         live = dict(objective.model.named_parameters())
         with missing_derivatives(), counter or nullcontext():
             objective.inside(weights, lambda: self._build(live), twice=True)
@@ -78,15 +81,26 @@ class KeptGraph(abc.ABC):
             batched: ``vectors`` holds several vectors, along a first dimension more, and so do the products.
         """
 
+    def form(
+        self, vectors: Sequence[Tensor], positions: Sequence[int], *, keep: bool, batched: bool = False
+    ) -> Tensor | None:
+        """``v^T M v`` for the same vectors, a number in float64, or one for each of several; None is zero."""
+        products = self.multiply(vectors, positions, keep=keep, batched=batched)
+        return dots_of_parts(list(zip(products, vectors, strict=True)), batched=batched)
+
     def whole(self, vector: Tensor) -> Tensor:
         """The product with one flat vector ``[P]``."""
         layout, chosen = self.objective.parameters, self.weights.chosen
-        vectors = [v.to(w.dtype) for v, w in zip(layout.views(vector), chosen, strict=True)]
         with numerics(vector.device):
-            products = self.multiply(vectors, range(len(chosen)), keep=True)
+            products = self.multiply(self._parts(vector), range(len(chosen)), keep=True)
         return layout.flatten(
             torch.zeros_like(w) if p is None else p for p, w in zip(products, chosen, strict=True)
         ).to(vector)
+
+    def _parts(self, vector: Tensor) -> list[Tensor]:
+        """A flat vector ``[P]`` in the shapes and types of the weights."""
+        views = self.objective.parameters.views(vector)
+        return [part.to(weight.dtype) for part, weight in zip(views, self.weights.chosen, strict=True)]
 
     def _take_edges(self, gradients: Sequence[Tensor | None]) -> None:
         """Keep where the gradients are in the graph, and not their values."""
@@ -125,7 +139,7 @@ class KeptGraph(abc.ABC):
         def backward() -> tuple[Tensor | None, ...]:
             return _mapped(once, outer) if batched else once(*outer)
 
-        with missing_derivatives():
+        with missing_derivatives(), self.walking:
             return self.objective.inside(self.weights, backward, twice=True) if self.recomputes else backward()
 
 

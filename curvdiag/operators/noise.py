@@ -21,6 +21,7 @@ from curvdiag.operators.objective_operator import ObjectiveOperator
 from curvdiag.operators.precision import Precision
 from curvdiag.operators.program import ALONG, GATHER
 from curvdiag.operators.traced_graph import TracedGraphs
+from curvdiag.space.inner_products import wide_dtype
 
 
 class EmpiricalFisher(ObjectiveOperator):
@@ -41,6 +42,7 @@ class EmpiricalFisher(ObjectiveOperator):
     """
 
     _engine: GraphEngine[GradientGraph]
+    scale = 1.0
 
     @collectively
     def __init__(
@@ -75,12 +77,17 @@ class EmpiricalFisher(ObjectiveOperator):
 
     def _multiply_blocks(self, rows: Sequence[Tensor], positions: Sequence[Sequence[int]]) -> list[Tensor]:
         # g_i = (N / Z) grad t_i for the total weight Z; dots are v . g_i / N.
-        shaped = self._shaped(self._engine.sample_dots_of_blocks(rows, positions))
-        dots = [one * self.objective.size for one in shaped]
+        centred = self._centred(self._engine.sample_dots_of_blocks(rows, positions))
+        dots = [one * (self.scale * self.objective.size) for one in centred]
         return self._engine.gather_blocks([one / self.objective.total_weight for one in dots], positions, self.dtype)
 
-    def _shaped(self, dots: list[Tensor]) -> list[Tensor]:
-        """What the products with the samples' gradients, ``[k, N]`` for each block, enter the sum as."""
+    def _forms(self, rows: Tensor) -> Tensor:
+        # N times the sum of squares of v . g_i / N: no gradient is gathered.
+        (dots,) = self._centred([self._engine.sample_dots(rows, self._positions)])
+        return self.scale * self.objective.size * dots.to(wide_dtype(dots.device)).square().sum(1)
+
+    def _centred(self, dots: list[Tensor]) -> list[Tensor]:
+        """The products with the samples' gradients, ``[k, N]`` for each block, about what the matrix is centred on."""
         return dots
 
     def __repr__(self) -> str:
@@ -138,7 +145,7 @@ class NoiseCovariance(EmpiricalFisher):
             compile=compile,
         )
 
-    def _shaped(self, dots: list[Tensor]) -> list[Tensor]:
+    def _centred(self, dots: list[Tensor]) -> list[Tensor]:
         # Centred before the gradients are gathered: g (g . v) subtracted afterwards would cancel.
         ranks = self.objective.ranks
         if ranks.alone:
@@ -147,7 +154,7 @@ class NoiseCovariance(EmpiricalFisher):
             sums = ranks.sum_(torch.cat([one.sum(dim=1, dtype=torch.float64) for one in dots]), "centring")
             parts = (sums / self.objective.size).split([len(one) for one in dots])
             means = [part[:, None].to(one.dtype) for part, one in zip(parts, dots, strict=True)]
-        return [self.scale * (one - mean) for one, mean in zip(dots, means, strict=True)]
+        return [one - mean for one, mean in zip(dots, means, strict=True)]
 
     def gram(self, *, memory: int | None = None) -> Gram:
         """All nonzero eigenvalues, exactly, from the ``[N, N]`` matrix of products of per-sample gradients.

@@ -33,6 +33,7 @@ from curvdiag.operators.precision import (
 from curvdiag.operators.sharded_difference import ShardedDifferences
 from curvdiag.parameters import Selection
 from curvdiag.space import Space, WholeSpace
+from curvdiag.space.inner_products import row_dots
 from curvdiag.weights import Weights
 
 
@@ -114,6 +115,21 @@ class ObjectiveOperator(SymmetricOperator):
         self._compare = False
         return products
 
+    def _forms(self, rows: Tensor) -> Tensor:
+        """``v^T M v`` ``[k]`` of rows ``[k, P]`` with this process's share of the matrix, not yet counted."""
+        return row_dots(rows, self._multiply(rows))
+
+    def _whole_forms(self, rows: Tensor) -> Tensor:
+        """Quadratic forms of the whole matrix: the sum of all ranks' shares, ``k`` numbers."""
+        if self.objective.sharded:
+            return self.space.dots(rows, self._whole(rows))
+        signature = (lambda: _signature(rows, self._positions, self._weights.names)) if self._compare else None
+        forms = self.objective.ranks.sum(
+            f"quadratic forms of {len(rows)} vectors", lambda: self._forms(rows), signature
+        )
+        self._compare = False
+        return forms
+
     def _whole_blocks(self, rows: Sequence[Tensor], positions: Sequence[Sequence[int]]) -> list[Tensor]:
         """Products with the whole diagonal blocks, all in one reduction."""
         ranks = self.objective.ranks
@@ -169,12 +185,22 @@ class ObjectiveOperator(SymmetricOperator):
         return super().__matmul__(other)
 
     def apply(self, rows: Tensor) -> Tensor:
+        return self._counted(self._whole, rows)
+
+    @collectively
+    def quadratic_form(self, vectors: Tensor) -> Tensor:
+        return super().quadratic_form(vectors)
+
+    def forms(self, rows: Tensor) -> Tensor:
+        return self._counted(self._whole_forms, rows)
+
+    def _counted(self, function: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
         started, before = time.perf_counter(), self._engine.graphs_built
-        products = self._whole(rows)
+        found = function(rows)
         self.cost.matvecs += len(rows)
         self.cost.graphs += self._engine.graphs_built - before
         self.cost.seconds += time.perf_counter() - started
-        return products
+        return found
 
     @collectively
     def traffic(self) -> CollectiveTraffic:

@@ -98,6 +98,11 @@ class OutputGraph(OutputProducts):
     ) -> list[Tensor | None]:
         return self.through_outputs(vectors, positions, keep=keep, batched=batched)
 
+    def form(
+        self, vectors: Sequence[Tensor], positions: Sequence[int], *, keep: bool, batched: bool = False
+    ) -> Tensor | None:
+        return self.form_at_outputs(vectors, positions, keep=keep, batched=batched)
+
     def _has_slope(self) -> bool:
         return bool(self.outer.detach().any())
 

@@ -19,6 +19,7 @@ from curvdiag.operators.kept_graph import KeptGraph
 from curvdiag.operators.output_hessian import Product
 from curvdiag.operators.outputs import Pick, caught_outputs
 from curvdiag.sandbox import numerics
+from curvdiag.space.inner_products import dots_of_parts
 
 REMEDY = "write its backward pass with differentiable operations"
 
@@ -51,11 +52,22 @@ class OutputProducts(KeptGraph):
         moved = self.forward(vectors, positions, keep=keep, batched=batched)
         if moved is None:
             return [None] * len(positions)
+        return self.back(self._curved(moved, batched=batched), positions, keep=keep, batched=batched)
+
+    def form_at_outputs(
+        self, vectors: Sequence[Tensor], positions: Sequence[int], *, keep: bool, batched: bool = False
+    ) -> Tensor | None:
+        """``v^T J^T M J v``, at the outputs, without the way back; None is zero."""
+        moved = self.forward(vectors, positions, keep=keep, batched=batched)
+        if moved is None:
+            return None
+        return dots_of_parts([(moved, self._curved(moved, batched=batched))], batched=batched)
+
+    def _curved(self, moved: Tensor, *, batched: bool) -> Tensor:
+        """``M`` times movements of the outputs."""
         if self.matrix is None:
-            curved = self._twice(moved, batched=batched)
-        else:
-            curved = torch.vmap(self.matrix)(moved) if batched else self.matrix(moved)
-        return self.back(curved, positions, keep=keep, batched=batched)
+            return self._twice(moved, batched=batched)
+        return torch.vmap(self.matrix)(moved) if batched else self.matrix(moved)
 
     def forward(
         self, vectors: Sequence[Tensor], positions: Sequence[int], *, keep: bool, batched: bool = False

@@ -52,7 +52,7 @@ def check_nodes(
     warned: dict[type, str] = objective.__dict__.setdefault("_warned_functions", {})
     before = len(warned)
     live = {id(parameter): name for name, parameter in parameters.items()}
-    for node in _walk(loss.grad_fn, set()):
+    for node in walk(loss.grad_fn, set()):
         held = live.get(id(getattr(node, "variable", None)))
         if held is not None:
             raise LossError(
@@ -143,10 +143,20 @@ def check_symmetry(
     Raises:
         SecondDerivativeError: They differ by more.
     """
-    dtype = dtype or objective.dtype
+    u, v = random_pair(objective, dtype)
+    return compare_products(u, v, product, _dot_and_norm, rtol or symmetry_tolerance(u.dtype))
+
+
+def random_pair(objective: Objective, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+    """The vectors ``[P]`` with which symmetry is checked."""
     size, generator = objective.parameters.size, torch.Generator().manual_seed(1)
-    u, v = (_random(size, generator).to(objective.device, dtype) for _ in range(2))
-    return compare_products(u, v, product, _dot_and_norm, rtol or torch.finfo(dtype).eps ** 0.3)
+    u, v = (_random(size, generator).to(objective.device, dtype or objective.dtype) for _ in range(2))
+    return u, v
+
+
+def symmetry_tolerance(dtype: torch.dtype) -> float:
+    """How far ``u . H v`` and ``v . H u`` may be apart, relative to the Frobenius norm: well above rounding."""
+    return float(torch.finfo(dtype).eps ** 0.3)
 
 
 def compare_products(
@@ -214,7 +224,7 @@ def check_truly_zero(
         known.add(weights.names[i])
 
 
-def _walk(root: Any, seen: set[Any]) -> Iterator[Any]:
+def walk(root: Any, seen: set[Any]) -> Iterator[Any]:
     stack = [root]
     while stack:
         node = stack.pop()
@@ -237,7 +247,7 @@ def _owner(objective: Objective, function: type, rerun: Callable[[], Tensor]) ->
 
     def credit(tensors: Any) -> None:
         for tensor in tensors_of(tensors):
-            for node in _walk(tensor.grad_fn, seen):
+            for node in walk(tensor.grad_fn, seen):
                 if isinstance(node, BackwardCFunction) and node._forward_cls is function:  # type: ignore[attr-defined]
                     found.append(active[-1])
 

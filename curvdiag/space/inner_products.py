@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -27,6 +29,21 @@ def cross_products(x: Tensor, y: Tensor) -> Tensor:
     piece = PIECE if x.device.type == "cpu" else max(1, x.shape[1])
     parts = [torch.mm(some, known.T) for some, known in zip(x.split(piece, 1), y.split(piece, 1), strict=True)]
     return torch.stack(parts).sum(0, dtype=wide_dtype(x.device))
+
+
+def dots_of_parts(pairs: Sequence[tuple[Tensor | None, Tensor | None]], *, batched: bool = False) -> Tensor:
+    """The inner product, in float64, of two vectors that come in pairs of tensors, not all None; a None is zero.
+
+    Args:
+        batched: The tensors hold parts of several vectors, along a first dimension more, and so does the result.
+    """
+    some = next(one for pair in pairs for one in pair if one is not None)
+    count = len(some) if batched else 1
+    total = torch.zeros(count, dtype=wide_dtype(some.device), device=some.device)
+    for x, y in pairs:
+        if x is not None and y is not None:
+            total += row_dots(x.reshape(count, -1), y.reshape(count, -1).to(x.dtype))
+    return total if batched else total[0]
 
 
 def _dot(x: Tensor, y: Tensor, piece: int, wide: torch.dtype) -> Tensor:

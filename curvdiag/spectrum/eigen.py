@@ -76,7 +76,7 @@ def top_eigenpairs(
         k: How many pairs; more than ``P`` are clipped to ``P``.
         which: ``"LA"`` largest, ``"SA"`` smallest, ``"LM"`` largest by magnitude, ``"BE"`` from both ends, one
             more from the upper end where ``k`` is odd.
-        tol: A pair has converged when its residual is at most ``tol`` times the largest absolute Ritz value.
+        tol: A pair has converged when its residual is at most ``tol`` times the largest absolute Ritz value seen.
             Its eigenvalue's error is then usually of order ``tol`` squared.
         start: One start vector ``[P]`` or several ``[P, j]``, say the eigenvectors of a slightly different matrix.
             Several are added up: a Krylov space of their sum holds all of them, at fewer products than a block. It pays

@@ -22,6 +22,7 @@ NOTABLE = 0.01
 SETTLED = 0.4
 # So many points between the last wanted eigenvalue and the next stand for all that could be hidden there.
 BETWEEN = 8
+OTHER_END: dict[Which, Which] = {"LA": "SA", "SA": "LA"}
 
 
 class Search:
@@ -46,6 +47,7 @@ class Search:
         # Coefficients of the run from a random start vector, up to the first restart or look; None where it was given.
         self.first_run: tuple[list[float], list[float]] | None = ([], []) if random_start else None
         self.plain = random_start
+        self.largest = 0.0
         self.read()
 
     def converge(self, quick: bool = False, next_too: bool = False) -> bool:
@@ -128,7 +130,9 @@ class Search:
         """Take the Ritz pairs of the space as it is."""
         self.values, self.coefficients, self.residuals = self.space.ritz()
         self.best = select(self.values, self.which, self.k)
-        self.bound = self.tol * float(self.values.abs().max()) if len(self.values) else 0.0
+        if len(self.values):  # also one that a restart has dropped: no Ritz value lies outside the spectrum
+            self.largest = max(self.largest, float(self.values.abs().max()))
+        self.bound = self.tol * self.largest
         self.settled = len(self.best) == self.k and bool((self.residuals[self.best] <= self.bound).all())
 
     def _points(self) -> list[tuple[float, float]]:
@@ -199,9 +203,21 @@ class Search:
             return
         self.plain = False
         keep = min(self.k + (self.length - self.k) // 2, space.capacity - space.pending - need)
-        kept = select(self.values, self.which, max(self.k, min(keep, space.processed - 1)))
+        kept = self._kept(max(self.k, min(keep, space.processed - 1)))
         space.restart(self.coefficients[:, kept], self.values[kept])
         self.read()
+
+    def _kept(self, keep: int) -> Tensor:
+        """Which ``keep`` Ritz pairs a restart keeps: the wanted, and beyond them as many as from the other end.
+
+        The wider the spectrum that is left, the slower the wanted pairs converge: what lies far out at the other end
+        would have to be found again after each restart. So TRLan keeps both ends (Yamazaki et al. 2010, ACM TOMS 37).
+        """
+        if self.which not in OTHER_END:
+            return select(self.values, self.which, keep)
+        other = (keep - self.k) // 2
+        ends = (self.which, keep - other), (OTHER_END[self.which], other)
+        return torch.cat([select(self.values, which, count) for which, count in ends])
 
 
 class FreshVectors:

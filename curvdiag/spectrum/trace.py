@@ -5,7 +5,7 @@ In all of them ``probes`` counts products, so that methods compare at equal cost
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import numpy as np
@@ -22,7 +22,7 @@ from curvdiag.seeds import Seed, resolve_seed
 from curvdiag.spectrum.density import square_root
 from curvdiag.spectrum.lanczos import Progress
 from curvdiag.spectrum.range import all_finite, orthonormal_range, small
-from curvdiag.spectrum.vectors import NON_FINITE, product, working_dtype
+from curvdiag.spectrum.vectors import NON_FINITE, forms, product, working_dtype
 
 # Vectors that go into one product: enough to share a graph among, few enough to hold.
 GROUP = 8
@@ -130,9 +130,16 @@ class _Products:
         return working_dtype(self.operator)
 
     def __call__(self, rows: Tensor) -> Tensor:
+        return self._in_groups(product, rows)
+
+    def forms(self, rows: Tensor) -> Tensor:
+        """``v^T H v`` of each row, which counts as a product."""
+        return self._in_groups(forms, rows)
+
+    def _in_groups(self, function: Callable[[LinearMap, Tensor], Tensor], rows: Tensor) -> Tensor:
         parts = []
         for part in rows.split(self.group):
-            parts.append(product(self.operator, part))
+            parts.append(function(self.operator, part))
             self.done += len(part)
             if self.progress is not None:
                 self.progress(self.done, self.planned)
@@ -143,12 +150,16 @@ class _Products:
         op = self.operator
         self.planned = op.size
         unit = self.space.part(torch.eye(op.size, dtype=self.dtype, device=op.device))
-        return Estimate.exact(float(_finite(self.space.dots(unit, self(unit))).sum()))
+        return Estimate.exact(float(_finite(self.forms(unit)).sum()))
 
-    def rademacher(self, count: int, seed: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    def groups(self, count: int, seed: int) -> Iterator[Tensor]:
+        """Random signs ``[few, local]``, of which one group at a time is in memory."""
+        for start in range(0, count, self.group):
+            yield self.signs(min(self.group, count - start), seed, start)
+
+    def rademacher(self, count: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Groups of random signs and their products, both ``[few, local]``."""
-        for start in range(first, first + count, self.group):
-            rows = self.signs(min(self.group, first + count - start), seed, start)
+        for rows in self.groups(count, seed):
             images = self(rows)
             if not all_finite(self.space, images):
                 raise NonFiniteError(NON_FINITE)
@@ -159,7 +170,7 @@ class _Products:
 
 
 def _hutchinson(run: _Products, probes: int, seed: int) -> Estimate:
-    samples = [run.space.dots(signs, images) for signs, images in run.rademacher(probes, seed)]
+    samples = [run.forms(signs) for signs in run.groups(probes, seed)]
     return Estimate.from_samples(_finite(torch.cat(samples)))
 
 
@@ -167,12 +178,12 @@ def _hutchpp(run: _Products, probes: int, seed: int) -> Estimate:
     sketch, space = probes // 3, run.space
     basis, _, rank = orthonormal_range(space, run(run.signs(sketch, seed)))
     basis = basis[:rank]
-    known = float(_finite(space.dots(basis, run(basis))).sum()) if rank else 0.0
+    known = float(_finite(run.forms(basis)).sum()) if rank else 0.0
     rest = run.signs(probes - 2 * sketch, seed, sketch)
     # Twice, for rounding: what is left of the basis in the rest would count the large eigenvalues again.
     for _ in range(2):
         rest = rest - space.components(basis, rest) @ basis
-    residual = Estimate.from_samples(_finite(space.dots(rest, run(rest))))
+    residual = Estimate.from_samples(_finite(run.forms(rest)))
     return Estimate(known + residual.value, residual.standard_error, residual.samples)
 
 

@@ -15,7 +15,7 @@ from curvdiag.space.inner_products import PIECE, row_dots, wide_dtype
 if TYPE_CHECKING:
     from curvdiag.operators.blocks import Blocks
 
-__all__ = ["NON_FINITE", "PIECE", "product", "remove_components", "row_dots", "wide_dtype", "working_dtype"]
+__all__ = ["NON_FINITE", "PIECE", "forms", "product", "remove_components", "row_dots", "wide_dtype", "working_dtype"]
 
 NON_FINITE = (
     "a product of the operator with a finite vector holds NaN or infinite numbers; look at the loss, the weights "
@@ -39,6 +39,13 @@ def product(operator: LinearMap, rows: Tensor) -> Tensor:
     result = result.to(device=rows.device, dtype=rows.dtype).contiguous()
     # An identity-like operator may hand its argument back.
     return result.clone() if result.data_ptr() == rows.data_ptr() else result
+
+
+def forms(operator: LinearMap, rows: Tensor) -> Tensor:
+    """``v^T H v`` ``[k]`` of rows ``[k, local]``, in float64."""
+    if operator.forms is None:
+        return operator.space.dots(rows, product(operator, rows))
+    return operator.forms(rows.to(operator.dtype)).detach()
 
 
 def remove_components(space: Space, vector: Tensor, basis: Tensor) -> Tensor:
