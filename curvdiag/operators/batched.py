@@ -36,6 +36,8 @@ FEWEST = 4
 SMALL = {"cpu": 6_000}
 """Entries that an operation gives in the mean, up to which it takes longer to start than to do."""
 SMALL_ELSEWHERE = 200_000
+CLEARLY = 4
+"""Times that many in a mean activation, and no pass needs to be made to see it."""
 
 # Timed on one core of a Xeon at 2.8 GHz, float32, products with 8 vectors, time of single passes over that of a batched
 # one: MLPs 64-32-10 of 64, 256 and 1,024 samples (1,000, 3,000 and 11,000 entries an operation) 2.8, 1.8 and about 1;
@@ -89,11 +91,14 @@ class Batching:
         return self.choices[key]
 
     def _choose(self, graph: KeptGraph, rows: Tensor, once: Pass) -> bool:
+        limit = SMALL.get(rows.device.type, SMALL_ELSEWHERE)
+        if self.setting == "auto" and graph.entries > CLEARLY * limit:
+            return False
         generator = torch.Generator().manual_seed(0)
         pair = torch.randn(2, rows.shape[1], generator=generator).to(rows)
         with _Work() as work:
             one = once(pair[0], True, False)
-        if self.setting == "auto" and work.entries > SMALL.get(rows.device.type, SMALL_ELSEWHERE) * work.operations:
+        if self.setting == "auto" and work.entries > limit * work.operations:
             return False
         if not _agree([one, once(pair[1], True, False)], pair, once):
             return False

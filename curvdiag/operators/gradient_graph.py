@@ -65,6 +65,7 @@ class GradientGraph(OutputProducts):
         self.meeting = Meeting(loss)
         with self.meeting.noted():
             gradients = torch.autograd.grad(loss, wanted, create_graph=True, allow_unused=True)
+        self.entries = self.meeting.entries
         slope = None if self.output is None else gradients[-1]
         self.entry = self.slope = None if slope is None or not slope.requires_grad else get_gradient_edge(slope)
         return gradients[: len(self.weights.chosen)]

@@ -35,10 +35,12 @@ class KeptGraph(abc.ABC):
         recomputes: A backward pass runs parts of the model again (checkpointing).
         checked: No derivative is missing.
         walking: Held by whoever walks the graph, which others may be cutting short.
+        entries: Of a mean activation, where it is known.
         can_batch: Several vectors can go through it in one pass.
     """
 
     can_batch = True
+    entries = 0.0
     reached: list[bool]
     edges: list[GradientEdge | None]
     nonzero: list[bool]

@@ -53,6 +53,7 @@ class Meeting:
     Attributes:
         activations: Where each is in the loss's graph: there arrives what operations leave at it.
         slopes: Where the gradient in it is: there arrives how it moves. None where that gradient is constant.
+        entries: Of a mean activation.
         possible: Whether walks can be cut here; not with custom functions, complex or sparse gradients.
     """
 
@@ -62,6 +63,7 @@ class Meeting:
         self._nodes = [node for node in walk(loss.grad_fn, set()) if not hasattr(node, "variable")]
         # A custom function, or a hook on a module, may make anything of a walk that is cut.
         self.possible = not any(isinstance(node, BackwardCFunction) for node in self._nodes)
+        self.entries = 0.0
         self._met: dict[tuple[int, ...], list[int]] = {}
 
     def noted(self) -> AbstractContextManager[None]:
@@ -72,6 +74,7 @@ class Meeting:
             for index, slope in enumerate(gradients):
                 edge = None
                 if slope is not None and slope.requires_grad:
+                    self.entries += (slope.numel() - self.entries) / (len(self.slopes) + 1)
                     if slope.is_complex() or slope.layout != torch.strided:
                         self.possible = False
                     else:  # its own: one gradient may go to several activations, or into another's
