@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version as installed_version
 from typing import Annotated
 
+import torch.distributed as dist
 import typer
 
 from curvdiag.cli.demo import demo
@@ -61,3 +63,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except CurvdiagError as error:
         print("curvdiag: error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
+
+
+def run() -> None:
+    """The process of the command: :func:`main`, and an end that gloo cannot spoil where a task made a process group."""
+    try:
+        main()
+    except SystemExit as ended:
+        if dist.is_available() and dist.is_initialized():
+            # a thread of gloo's may abort the process, all done and written, while the interpreter is taken apart
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(ended.code if isinstance(ended.code, int) else 0)
+        raise

@@ -1,5 +1,5 @@
 """``python -m curvdiag.cli``, the same as the command ``curvdiag``."""
 
-from curvdiag.cli import main
+from curvdiag.cli import run
 
-main()
+run()

@@ -19,6 +19,7 @@ from curvdiag.errors import ArgumentError
 from curvdiag.objective import Objective
 from curvdiag.operators.kept_graph import KeptGraph
 from curvdiag.operators.watching import Watching
+from curvdiag.parameters import Parameters
 
 Batched = bool | Literal["auto", "timed"]
 """Whether several vectors share a backward pass: always, never, by the rule of :class:`Batching`, or as timed."""
@@ -103,6 +104,20 @@ class Batching:
         if not _agree([one, once(pair[1], True, False)], pair, once):
             return False
         return self.setting != "timed" or _faster(rows[:AT_ONCE], once)
+
+
+def accumulate(products: Parts, total: Tensor, layout: Parameters, *, fresh: bool) -> None:
+    """Add products given by parameter to a flat vector, or to several as rows, or write them there if ``fresh``."""
+    if fresh and all(p is not None and p.dtype == total.dtype for p in products):
+        lead = total.shape[:-1]
+        flat = [p.reshape(*lead, -1) for p in products if p is not None]
+        torch.cat(flat, dim=-1, out=total)  # one pass over the memory
+        return
+    if fresh:
+        total.zero_()
+    for view, product in zip(layout.views(total), products, strict=True):
+        if product is not None:
+            view.add_(product)
 
 
 def _agree(singles: Sequence[Parts], pair: Tensor, once: Pass) -> bool:

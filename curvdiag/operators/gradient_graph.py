@@ -130,8 +130,11 @@ class GradientGraph(OutputProducts):
         if terms and meets and self.meeting.possible and (self.checked or self.reaches.issuperset(positions)):
             backward = functools.partial(self._backward, keep=True, batched=batched)
             leaves = [self.weights.chosen[i] for i in positions]
-            with self.walking:
-                found = self.meeting.form(backward, terms, leaves, vectors, positions, batched=batched)
+            try:
+                with self.walking:
+                    found = self.meeting.form(backward, terms, leaves, vectors, positions, batched=batched)
+            except Exception:  # a hook that the graph of the check had not; what else is wrong a product says as well
+                found = None
             if found is not None:
                 return found
             self.meeting.possible = False
@@ -197,6 +200,8 @@ class GradientGraph(OutputProducts):
                 leaf = self.weights.chosen[i]
                 return torch.autograd.grad(edges, [leaf], zeros, retain_graph=True, allow_unused=True)
 
-            if self.objective.inside(self.weights, reach, twice=True)[0] is None:
+            with self.walking:
+                (found,) = self.objective.inside(self.weights, reach, twice=True)
+            if found is None:
                 check_truly_zero(self.objective, self.weights, [self.batch], [i], self.dtype)
             self.cleared.add(i)

@@ -13,7 +13,7 @@ from torch import Tensor
 from curvdiag.data import Batch, merge, sample_count
 from curvdiag.memory import free_bytes
 from curvdiag.objective import Objective
-from curvdiag.operators.batched import Batched, Batching, Parts
+from curvdiag.operators.batched import Batched, Batching, Parts, Pass, accumulate
 from curvdiag.operators.gradient_graph import GradientGraph
 from curvdiag.operators.kept_graph import KeptGraph
 from curvdiag.operators.live_bytes import LiveBytes
@@ -33,7 +33,6 @@ from curvdiag.operators.plan import (
 )
 from curvdiag.operators.precision import Multiplication, multiplication
 from curvdiag.operators.traced_graph import TracedGraphs
-from curvdiag.parameters import Parameters
 from curvdiag.sandbox import numerics
 from curvdiag.space.inner_products import wide_dtype
 from curvdiag.weights import Weights
@@ -204,26 +203,31 @@ class GraphEngine(Generic[G]):
             form: Which matrix of the graph: the method that takes its quadratic forms.
         """
 
-        def forms(graph: G) -> Tensor:
-            found = torch.zeros(len(rows), dtype=wide_dtype(rows.device), device=rows.device)
+        total = torch.zeros(len(rows), dtype=wide_dtype(rows.device), device=rows.device)
 
+        def add(graph: G) -> None:
             def once(row: Tensor, keep: bool, batched: bool) -> Parts:
                 vectors = self._vectors(row, positions)
                 return [getattr(graph, form)(vectors, positions, keep=keep, batched=batched)]
 
-            for index, (one,) in self.batching.passes(graph, rows, once, (form, *positions), keep=True):
-                if one is not None:
-                    found[index] = one
-            return found
+            total.add_(self._numbers(graph, rows, once, (form, *positions), torch.zeros_like(total)))
 
         with numerics(rows.device), multiplication(self.multiply_in):
-            found = [forms(graph) for graph in self.kept]
+            for graph in self.kept:
+                add(graph)
             for index, group in enumerate(self.rebuilt):
-                found.append(forms(self._graph(merge(group), set(positions) <= self.trusted[index])))
+                add(self._graph(merge(group), set(positions) <= self.trusted[index]))
                 if form == "form":  # others do not check its derivatives
                     self.trusted[index] |= set(positions)
         self.unvisited = False
-        return torch.stack(found).sum(0)
+        return total
+
+    def _numbers(self, graph: G, rows: Tensor, once: Pass, kind: Hashable, out: Tensor) -> Tensor:
+        """What one pass gives for each row, put into ``out``; None is what stands there."""
+        for index, (one,) in self.batching.passes(graph, rows, once, kind, keep=True):
+            if one is not None:
+                out[index] = one
+        return out
 
     def sample_dots(self: GraphEngine[GradientGraph], rows: Tensor, positions: Sequence[int]) -> Tensor:
         """``v . grad t_i / total_weight`` of every sample ``[k, N]``, for rows ``[k, p]``."""
@@ -235,15 +239,14 @@ class GraphEngine(Generic[G]):
         """The same for several sets of parameters, from one visit of each graph."""
 
         def dots(graph: GradientGraph) -> list[Tensor]:
-            found = [part.new_zeros(len(part), len(graph.sample_weights)) for part in rows]
-            for part, inside, out in zip(rows, positions, found, strict=True):
+            found = []
+            for part, inside in zip(rows, positions, strict=True):
 
                 def along(row: Tensor, keep: bool, batched: bool, inside: Sequence[int] = inside) -> Parts:
                     return [graph.along(self._vectors(row, inside), inside, keep=True, batched=batched)]
 
-                for index, (one,) in self.batching.passes(graph, part, along, ("along", *inside), keep=True):
-                    if one is not None:
-                        out[index] = one
+                out = part.new_zeros(len(part), len(graph.sample_weights))
+                found.append(self._numbers(graph, part, along, ("along", *inside), out))
             return found
 
         with numerics(rows[0].device), multiplication(self.multiply_in):
@@ -278,7 +281,7 @@ class GraphEngine(Generic[G]):
                         return graph.gather(row.to(graph.sample_weights), inside, keep=True, batched=batched)
 
                     for index, parts in self.batching.passes(graph, share, gather, ("gather", *inside), keep=True):
-                        _accumulate(parts, out[index], layout, fresh=False)
+                        accumulate(parts, out[index], layout, fresh=False)
                         del parts
 
             self._for_each_graph(add)
@@ -326,7 +329,7 @@ class GraphEngine(Generic[G]):
         fresh = out is None
         for index, parts in self.batching.passes(graph, rows, once, (product, *positions), keep=keep):
             out = torch.empty_like(rows) if out is None else out  # once the pass has given back what it took
-            _accumulate(parts, out[index], layout, fresh=fresh)
+            accumulate(parts, out[index], layout, fresh=fresh)
             del parts  # before the next are made
         return out
 
@@ -335,17 +338,3 @@ class GraphEngine(Generic[G]):
         for group in self.rebuilt if self.unvisited else []:
             self._graph(merge(group))
         self.unvisited = False
-
-
-def _accumulate(products: Parts, total: Tensor, layout: Parameters, *, fresh: bool) -> None:
-    """Add products given by parameter to a flat vector, or to several as rows, or write them there if ``fresh``."""
-    if fresh and all(p is not None and p.dtype == total.dtype for p in products):
-        lead = total.shape[:-1]
-        flat = [p.reshape(*lead, -1) for p in products if p is not None]
-        torch.cat(flat, dim=-1, out=total)  # one pass over the memory
-        return
-    if fresh:
-        total.zero_()
-    for view, product in zip(layout.views(total), products, strict=True):
-        if product is not None:
-            view.add_(product)
