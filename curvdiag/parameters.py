@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cached_property
 from itertools import accumulate
 from math import prod
 
@@ -70,20 +71,26 @@ class Parameters:
     def __len__(self) -> int:
         return len(self.names)
 
-    @property
+    @cached_property
     def numels(self) -> tuple[int, ...]:
         return tuple(prod(shape) for shape in self.shapes)
 
-    @property
+    @cached_property
     def size(self) -> int:
         """``P``, the number of entries of a flat vector."""
         return sum(self.numels)
 
-    @property
+    @cached_property
     def slices(self) -> tuple[slice, ...]:
         """Where each tensor lies in the flat vector."""
         ends = list(accumulate(self.numels))
         return tuple(slice(end - n, end) for end, n in zip(ends, self.numels, strict=True))
+
+    @cached_property
+    def _places(self) -> tuple[tuple[torch.Size, tuple[int, ...], int], ...]:
+        """Shape and strides of each tensor, and where in the flat vector it begins."""
+        strides = (torch.empty(shape, device="meta").stride() for shape in self.shapes)
+        return tuple(zip(self.shapes, strides, (part.start for part in self.slices), strict=True))
 
     def in_short(self) -> str:
         """What parameters there are, in a few words that differ where names or shapes do."""
@@ -92,8 +99,13 @@ class Parameters:
 
     def views(self, vector: Tensor) -> list[Tensor]:
         """The parts of a contiguous vector ``[P]``, or of several as rows, in the parameters' shapes; no copies."""
-        parts = zip(vector.split(self.numels, dim=-1), self.shapes, strict=True)
-        return [part.view((*vector.shape[:-1], *shape)) for part, shape in parts]
+        several, apart, start = vector.shape[:-1], vector.stride()[:-1], vector.storage_offset()
+        if not several:
+            return [vector.as_strided(shape, strides, start + first) for shape, strides, first in self._places]
+        return [
+            vector.as_strided((*several, *shape), (*apart, *strides), start + first)
+            for shape, strides, first in self._places
+        ]
 
     def flatten(self, tensors: Iterable[Tensor]) -> Tensor:
         """One vector ``[P]`` from tensors in the shapes of the parameters."""
@@ -111,6 +123,8 @@ class Parameters:
 
     def subset(self, positions: Sequence[int]) -> Parameters:
         """The layout of a vector over the parameters at ``positions`` alone."""
+        if positions == range(len(self)):
+            return self
         return Parameters(
             tuple(self.names[i] for i in positions),
             tuple(self.shapes[i] for i in positions),

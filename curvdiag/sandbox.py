@@ -6,8 +6,8 @@ import copy
 import random
 import sys
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -42,16 +42,23 @@ def measuring() -> bool:
     return _DEPTH.open > 0
 
 
-@contextmanager
-def numerics(device: torch.device) -> Iterator[None]:
+def numerics(device: torch.device) -> AbstractContextManager[None]:
     """Autocast and inference mode off, gradients on: what every product needs, forward pass or not."""
+    kinds = [kind for kind in {"cpu", device.type} if torch.amp.is_autocast_available(kind)]
+    plain = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+    if plain and not any(map(torch.is_autocast_enabled, kinds)):
+        return _DEPTH  # all that is left to note; setting the rest would take as long as a small product
+    return _plain(kinds)
+
+
+@contextmanager
+def _plain(kinds: Sequence[str]) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(_DEPTH)
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        for kind in {"cpu", device.type}:
-            if torch.amp.is_autocast_available(kind):
-                stack.enter_context(torch.autocast(kind, enabled=False))
+        for kind in kinds:
+            stack.enter_context(torch.autocast(kind, enabled=False))
         yield
 
 

@@ -32,7 +32,7 @@ def collectively(function: Callable[Given, Answer]) -> Callable[Given, Answer]:
 
 def _ranks_in(arguments: tuple[Any, ...]) -> Ranks:
     for one in arguments:
-        for place in (None, "objective", "space"):  # the last is made when it is asked for
+        for place in ("objective", None, "space"):  # the last is made when it is asked for
             owner = one if place is None else getattr(one, place, None)
             found = getattr(owner, "holders", None) or getattr(owner, "ranks", None)  # of sharded weights more ranks
             if isinstance(found, Ranks):

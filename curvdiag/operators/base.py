@@ -68,8 +68,8 @@ class SymmetricOperator(abc.ABC):
         self._check_shape(other)
         self.refresh()
         with torch.inference_mode(False):
-            product = self.apply(self._rows(other)).T
-        return product[:, 0] if other.ndim == 1 else product
+            products = self.apply(self._rows(other))
+        return products[0] if other.ndim == 1 else products.T
 
     def quadratic_form(self, vectors: Tensor) -> Tensor:
         """``v^T H v`` in float64: a number for a vector ``[P]``, numbers ``[k]`` for the columns of ``[P, k]``.
@@ -101,7 +101,8 @@ class SymmetricOperator(abc.ABC):
 
     def _rows(self, columns: Tensor) -> Tensor:
         """A vector, or columns, as contiguous rows ``[k, local]`` of the operator's type."""
-        return columns.detach().to(device=self.device, dtype=self.dtype).reshape(self.space.local, -1).T.contiguous()
+        rows = columns.detach().to(device=self.device, dtype=self.dtype)
+        return rows.contiguous()[None] if rows.ndim == 1 else rows.T.contiguous()
 
     def matvec(self, vector: Tensor) -> Tensor:
         """Product with one vector ``[P]``."""

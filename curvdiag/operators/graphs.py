@@ -182,13 +182,13 @@ class GraphEngine(Generic[G]):
         Args:
             product: Which matrix of the graph: the method that multiplies with it.
         """
-        wanted = {i for inside in positions for i in inside}
         with numerics(rows[0].device), multiplication(self.multiply_in):
             outs: list[Tensor | None] = [None] * len(rows)
             for graph in self.kept:
                 self._add_blocks(graph, rows, outs, positions, product, keep=True)
             for index, group in enumerate(self.rebuilt):
                 # The graph is held by nothing here, so that it is gone before the next one is built.
+                wanted = {i for inside in positions for i in inside}
                 made = wanted <= self.trusted[index]
                 self._add_blocks(self._graph(merge(group), made), rows, outs, positions, product, keep=False)
                 if product == "multiply":  # others do not check its derivatives
@@ -301,7 +301,8 @@ class GraphEngine(Generic[G]):
     def _vectors(self, rows: Tensor, positions: Sequence[int]) -> list[Tensor]:
         """A flat vector, or several as rows, in the shapes and types of the parameters at ``positions``."""
         views = self.objective.parameters.subset(positions).views(rows)
-        return [v.to(self.weights.chosen[i].dtype) for v, i in zip(views, positions, strict=True)]
+        kinds = (self.weights.chosen[i].dtype for i in positions)
+        return [v if v.dtype == kind else v.to(kind) for v, kind in zip(views, kinds, strict=True)]
 
     def _add_blocks(
         self,

@@ -23,6 +23,9 @@ from curvdiag.operators.precision import multiplication
 from curvdiag.spectrum.lanczos import BREAKDOWN
 from curvdiag.spectrum.vectors import NON_FINITE, product, remove_components, working_dtype
 
+# A pass that took no more than this part of a vector leaves it orthogonal to so many roundings.
+SMALL_PART = 1e-2
+
 
 class Subspace:
     """Basis, projected matrix and coupling; the vectors in the operator's precision, the rest in float64.
@@ -61,7 +64,7 @@ class Subspace:
             return False
         length = before
         # Twice is enough (Giraud et al. 2005); a third time where nearly all was old.
-        for _ in range(3):
+        for _ in range(3 if self.used else 0):
             remove_components(self.operator.space, vector, self.rows[: self.used])
             length = float(self._length(vector))
         if length <= 64 * torch.finfo(self.dtype).eps * before:
@@ -86,16 +89,12 @@ class Subspace:
 
     def expand(self) -> None:
         """Process the first pending direction with one product; its remainder becomes the last pending one."""
-        n, b, space = self.processed, self.pending, self.operator.space
+        n, b = self.processed, self.pending
         basis = self.rows[: n + b]
         fresh = product(self.operator, basis[n : n + 1])[0]
         self.matvecs += 1
-        components = remove_components(space, fresh, basis).double()
-        components += remove_components(space, fresh, basis).double()
-        beta = self._length(fresh)
-        column = torch.cat([components, beta[None].double()]).cpu()
-        if not bool(column.isfinite().all()):
-            raise NonFiniteError(NON_FINITE)
+        column = self._orthogonalise(fresh, basis)
+        beta = float(column[-1])
         self.scale = max(self.scale, float(column.abs().max()))
         self.defect = math.hypot(self.defect, float((column[:n] - self.coupling[0]).norm()))
         # Row n of the relation by symmetry: what V sees of the new vector is the old coupling to it.
@@ -109,11 +108,41 @@ class Subspace:
         coupling[b - 1, n] = column[n + b]
         self.projected, self.coupling = projected, coupling
         self.processed, self.pending = n + 1, b - 1
-        if float(beta) > BREAKDOWN * torch.finfo(self.dtype).eps * self.scale and self.used < self.operator.size:
-            self.rows[self.used] = fresh.div_(float(beta))
+        if beta > BREAKDOWN * torch.finfo(self.dtype).eps * self.scale and self.used < self.operator.size:
+            torch.div(fresh, beta, out=self.rows[self.used])
             self.pending += 1
         else:
             self.coupling = coupling[: b - 1]
+
+    def _orthogonalise(self, fresh: Tensor, basis: Tensor) -> Tensor:
+        """Take from the product with the first pending direction what the basis has of it, in place.
+
+        What the processed vectors have is known by symmetry, and is zero but for a few of them. One pass against the
+        whole basis then only has rounding to remove, and another one follows where it found more than that: all that
+        is there of the other pending directions, what breaks the symmetry, or rounding that is large beside what is
+        left.
+
+        Returns:
+            The components ``[n + b]`` and the length of the rest, in float64 on the CPU.
+        """
+        n, space = self.processed, self.operator.space
+        known = self.coupling[0]
+        first = int(known.ne(0).nonzero()[0]) if bool(known.any()) else n
+        if first < n:
+            fresh.addmv_(basis[first:n].T, known[first:].to(fresh), alpha=-1)
+        taken = torch.zeros(len(basis), dtype=self.dtype, device=fresh.device)
+        taken[first:n] = known[first:]
+        taken[n] = remove_components(space, fresh, basis[n : n + 1])[0]
+        components = taken.double()
+        for _ in range(2):
+            found = remove_components(space, fresh, basis).double()
+            components += found
+            column = torch.cat([components, torch.stack([self._length(fresh).double(), found.norm()])]).cpu()
+            if not bool(column.isfinite().all()):
+                raise NonFiniteError(NON_FINITE)
+            if column[-1] <= SMALL_PART * column[-2]:
+                break
+        return column[:-1]
 
     def ritz(self) -> tuple[Tensor, Tensor, Tensor]:
         """Ritz values ``[n]`` ascending, coefficients ``[n, n]`` in columns, residual norms ``[n]``."""
