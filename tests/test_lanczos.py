@@ -13,6 +13,7 @@ from scipy.sparse.linalg import aslinearoperator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from curvdiag.errors import ArgumentError, NonFiniteError, TooLargeError
+from curvdiag.space.inner_products import dots_of_parts
 from curvdiag.space.probes import gaussian, rademacher
 from curvdiag.spectrum.lanczos import lanczos, largest_weight
 from curvdiag.spectrum.vectors import row_dots
@@ -56,6 +57,14 @@ def test_inner_products_of_long_float32_vectors_are_right_to_rounding():
     long = gaussian(1, 8_000_000, seed=0) + 0.5
     exact = float(long.double().square().sum())
     assert float(row_dots(long, long)) == pytest.approx(exact, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_inner_products_of_half_precision_round_nothing_more(dtype):
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(1000, generator=generator).to(dtype) for _ in range(2))
+    exact = float(x.double() @ y.double())
+    assert float(dots_of_parts([(x[:400], y[:400]), (x[400:], y[400:])])) == pytest.approx(exact, rel=1e-6)
 
 
 def test_full_reorthogonalisation_keeps_the_basis_orthonormal_and_partial_nearly_so():
