@@ -174,8 +174,9 @@ def compare_products(
     if error > tolerance * scale:
         raise SecondDerivativeError(
             f"the Hessian is not symmetric (two products that must agree differ by {error / scale:.2g} of its norm): "
-            "an operation of the model or the loss has a wrong first or second derivative (gradient reversal and "
-            "straight-through estimators have no Hessian); replace it, or leave it out of the measurement"
+            "an operation of the model or the loss has a wrong first or second derivative (gradient reversal has no "
+            "Hessian, nor has a backward pass written as that of another function); replace it, or leave it out of the "
+            "measurement"
         )
     return scale > 0
 
