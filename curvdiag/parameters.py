@@ -92,13 +92,26 @@ class Parameters:
         strides = (torch.empty(shape, device="meta").stride() for shape in self.shapes)
         return tuple(zip(self.shapes, strides, (part.start for part in self.slices), strict=True))
 
+    @cached_property
+    def _subsets(self) -> dict[tuple[int, ...], Parameters]:
+        return {}
+
     def in_short(self) -> str:
         """What parameters there are, in a few words that differ where names or shapes do."""
         told = zlib.crc32(repr((self.names, self.shapes)).encode())
         return f"{len(self)} tensors of {self.size:,} numbers ({told:08x})"
 
     def views(self, vector: Tensor) -> list[Tensor]:
-        """The parts of a contiguous vector ``[P]``, or of several as rows, in the parameters' shapes; no copies."""
+        """The parts of a vector ``[P]``, or of several as rows, in the parameters' shapes; no copies.
+
+        Raises:
+            ParameterError: The vector has another length, or is not contiguous.
+        """
+        if vector.shape[-1] != self.size or (vector.stride(-1) != 1 and self.size > 1):
+            raise ParameterError(
+                f"views need contiguous vectors of {self.size} numbers, not {vector.shape[-1]} with a stride of "
+                f"{vector.stride(-1)}"
+            )
         several, apart, start = vector.shape[:-1], vector.stride()[:-1], vector.storage_offset()
         if not several:
             return [vector.as_strided(shape, strides, start + first) for shape, strides, first in self._places]
@@ -123,13 +136,14 @@ class Parameters:
 
     def subset(self, positions: Sequence[int]) -> Parameters:
         """The layout of a vector over the parameters at ``positions`` alone."""
-        if positions == range(len(self)):
-            return self
-        return Parameters(
-            tuple(self.names[i] for i in positions),
-            tuple(self.shapes[i] for i in positions),
-            tuple(self.aliases[i] for i in positions),
-        )
+        positions = tuple(positions)
+        if positions not in self._subsets:  # each product asks for the same ones
+            self._subsets[positions] = Parameters(
+                tuple(self.names[i] for i in positions),
+                tuple(self.shapes[i] for i in positions),
+                tuple(self.aliases[i] for i in positions),
+            )
+        return self._subsets[positions]
 
     def layers(self) -> dict[str, list[str]]:
         """Names of the parameters of each layer: the module that holds them directly.

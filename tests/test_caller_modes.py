@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 import pytest
 import torch
@@ -27,9 +29,17 @@ from curvdiag import (
 from curvdiag.noise import gradient_moments
 from curvdiag.scaling.alignment import alignment
 
+
+@contextlib.contextmanager
+def inference_with_gradients():
+    with torch.inference_mode(), torch.enable_grad():
+        yield
+
+
 MODES = {
     "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
     "inference": torch.inference_mode,
+    "inference and gradients": inference_with_gradients,
     "no gradients": torch.no_grad,
 }
 
@@ -56,7 +66,15 @@ def angle():
     return alignment(hessian, NoiseCovariance(objective, graphs=hessian), probes=4).cosine.value
 
 
+def rows_of_products():
+    """Past everything that leaves the caller's modes before."""
+    operator = Hessian(net())
+    return operator.apply(start(operator.size).T.contiguous())
+
+
 ALGORITHMS = {
+    "apply": rows_of_products,
+    "product": lambda: (op := Hessian(net())) @ start(op.size),
     "top_eigenpairs": lambda: top_eigenpairs(Hessian(net()), 5).vectors,
     "top_eigenpairs of a matrix": lambda: top_eigenpairs(MATRIX, 5).vectors,
     "top_eigenpairs, restarted": lambda: top_eigenpairs(MATRIX, 4, basis_size=9, start=start(90)).vectors,

@@ -9,11 +9,13 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import matplotlib.image
 import numpy as np
 import pytest
 
+from curvdiag import cli
 from curvdiag.cli import main
 from curvdiag.estimate import Estimate
 from curvdiag.record import RunStore, Series
@@ -237,3 +239,23 @@ def test_the_version_is_shown_and_python_m_works() -> None:
         [sys.executable, "-m", "curvdiag.cli", "--version"], capture_output=True, text=True, check=True
     )
     assert done.stdout.startswith("curvdiag ")
+
+
+@pytest.mark.parametrize(("code", "ended"), [(None, 0), (0, 0), (3, 3), ("no data", 1)])
+def test_after_a_task_made_a_process_group_the_process_ends_with_the_same_code(
+    code: object, ended: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with (
+        mock.patch.object(cli, "main", side_effect=SystemExit(code)),
+        mock.patch.object(cli.dist, "is_initialized", return_value=True),
+        mock.patch.object(cli.os, "_exit") as leave,
+    ):
+        cli.run()
+    leave.assert_called_once_with(ended)
+    assert capsys.readouterr().err == ("no data\n" if code == "no data" else "")
+
+
+def test_without_one_it_ends_as_ever() -> None:
+    with mock.patch.object(cli, "main", side_effect=SystemExit(3)), pytest.raises(SystemExit) as ended:
+        cli.run()
+    assert ended.value.code == 3

@@ -174,6 +174,14 @@ def test_layers_views_and_flat_vectors():
     assert all(torch.equal(view, named[name]) for view, name in zip(views, parameters.names, strict=True))
     assert all(view.untyped_storage().data_ptr() == flat.untyped_storage().data_ptr() for view in views)
     assert torch.equal(parameters.flatten(views), flat)
+    rows = torch.stack([torch.zeros_like(flat), flat, torch.ones_like(flat)])[1:]
+    for view, several in zip(views, parameters.views(rows), strict=True):
+        assert torch.equal(several[0], view)
+        assert bool((several[1] == 1).all())
+    twice = torch.stack([flat, flat], 1)
+    for wrong in (twice[:, 0], flat[:-1], torch.cat([flat, flat[:1]]), twice.T):
+        with pytest.raises(ParameterError, match="contiguous vectors of"):
+            parameters.views(wrong)
 
 
 def test_each_layer_is_a_block():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -25,13 +26,16 @@ def spectra() -> dict[str, Tensor]:
     return {"bulk": noise, "outliers": outliers, "heavy tail": heavy, "nearly the identity": 1 + 1e-5 * noise}
 
 
-def grown(values: Tensor, starts: int, capacity: int = CAPACITY) -> Subspace:
-    operator = LinearMap(lambda rows: rows * values, SIZE, torch.float32, torch.device("cpu"))
-    space = Subspace(operator, capacity)
+def grown(values: Tensor, starts: int) -> Subspace:
+    return grown_by(lambda rows: rows * values, starts)
+
+
+def grown_by(multiply: Callable[[Tensor], Tensor], starts: int) -> Subspace:
+    space = Subspace(LinearMap(multiply, SIZE, torch.float32, torch.device("cpu")), CAPACITY)
     generator = torch.Generator().manual_seed(1)
     for _ in range(starts):
         space.add(torch.randn(SIZE, generator=generator))
-    while space.used < capacity:
+    while space.used < CAPACITY:
         space.expand()
     return space
 
@@ -61,7 +65,25 @@ def test_after_a_restart_and_a_random_direction_too() -> None:
     check(space, values)
 
 
-def test_one_pass_is_all_that_an_ordinary_step_takes() -> None:
+def test_what_breaks_the_symmetry_is_noted_and_costs_no_orthogonality() -> None:
+    values = spectra()["bulk"]
+
+    def multiply(rows: Tensor) -> Tensor:
+        skew = torch.empty_like(rows)
+        skew[:, 0::2], skew[:, 1::2] = 1e-3 * rows[:, 1::2], -1e-3 * rows[:, 0::2]
+        return rows * values + skew
+
+    space = grown_by(multiply, 1)
+    n = space.processed
+    basis = space.rows[: space.used].double()
+    assert (basis @ basis.T - torch.eye(space.used, dtype=torch.float64)).abs().max() < 2e-5
+    found = multiply(space.rows[:n]).double() @ basis[:n].T
+    assert space.defect == pytest.approx(float((found - found.T).tril(-1).norm()), rel=1e-3)
+    assert grown(values, 1).defect < 1e-5 < space.defect
+
+
+@pytest.mark.parametrize("starts", [1, 3])
+def test_one_pass_is_all_that_an_ordinary_step_takes(starts: int) -> None:
     read: list[int] = []
 
     def counted(space: Any, vector: Tensor, basis: Tensor) -> Tensor:
@@ -70,6 +92,6 @@ def test_one_pass_is_all_that_an_ordinary_step_takes() -> None:
 
     real = krylov.remove_components
     with mock.patch.object(krylov, "remove_components", counted):
-        grown(spectra()["bulk"], 1)
-    # At each step the vector that was multiplied, and the basis once.
-    assert sum(read) == sum(1 + length for length in range(1, CAPACITY))
+        grown(spectra()["bulk"], starts)
+    # Three passes for each start vector after the first; at each step the pending ones, and the basis once.
+    assert sum(read) == 3 * sum(range(starts)) + sum(starts + length for length in range(starts, CAPACITY))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -66,13 +67,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def run() -> None:
-    """The process of the command: :func:`main`, and an end that gloo cannot spoil where a task made a process group."""
+    """The process of the command: :func:`main`, with an end that gloo cannot spoil if a task made a process group."""
     try:
         main()
     except SystemExit as ended:
-        if dist.is_available() and dist.is_initialized():
-            # a thread of gloo's may abort the process, all done and written, while the interpreter is taken apart
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(ended.code if isinstance(ended.code, int) else 0)
-        raise
+        if not dist.is_available() or not dist.is_initialized():
+            raise
+        _end(ended.code)
+
+
+def _end(code: object) -> None:
+    """End the process without taking the interpreter apart, during which a thread of gloo's now and then aborts it.
+
+    What is registered with atexit is left out.
+    """
+    if code is not None and not isinstance(code, int):  # as sys.exit does
+        print(code, file=sys.stderr)
+        code = 1
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # nobody reads it any more
+            stream.flush()
+    os._exit(code or 0)

@@ -133,7 +133,9 @@ class GradientGraph(OutputProducts):
             try:
                 with self.walking:
                     found = self.meeting.form(backward, terms, leaves, vectors, positions, batched=batched)
-            except Exception:  # a hook that the graph of the check had not; what else is wrong a product says as well
+            except (MemoryError, torch.OutOfMemoryError):
+                raise
+            except Exception:  # a hook, say, that the graph of the check had not; other errors a product raises too
                 found = None
             if found is not None:
                 return found

@@ -182,13 +182,13 @@ class GraphEngine(Generic[G]):
         Args:
             product: Which matrix of the graph: the method that multiplies with it.
         """
+        wanted = {i for inside in positions for i in inside} if self.rebuilt else set()
         with numerics(rows[0].device), multiplication(self.multiply_in):
             outs: list[Tensor | None] = [None] * len(rows)
             for graph in self.kept:
                 self._add_blocks(graph, rows, outs, positions, product, keep=True)
             for index, group in enumerate(self.rebuilt):
                 # The graph is held by nothing here, so that it is gone before the next one is built.
-                wanted = {i for inside in positions for i in inside}
                 made = wanted <= self.trusted[index]
                 self._add_blocks(self._graph(merge(group), made), rows, outs, positions, product, keep=False)
                 if product == "multiply":  # others do not check its derivatives

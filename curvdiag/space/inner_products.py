@@ -42,7 +42,8 @@ def dots_of_parts(pairs: Sequence[tuple[Tensor | None, Tensor | None]], *, batch
     total = torch.zeros(count, dtype=wide_dtype(some.device), device=some.device)
     for x, y in pairs:
         if x is not None and y is not None:
-            exact = x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32  # of a product, no more
+            # The inner product of half precision would be rounded to it.
+            exact = x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
             total += row_dots(x.reshape(count, -1).to(exact), y.reshape(count, -1).to(exact))
     return total if batched else total[0]
 

@@ -21,10 +21,11 @@ from curvdiag.errors import NonFiniteError
 from curvdiag.operators.base import LinearMap
 from curvdiag.operators.precision import multiplication
 from curvdiag.spectrum.lanczos import BREAKDOWN
-from curvdiag.spectrum.vectors import NON_FINITE, product, remove_components, working_dtype
+from curvdiag.spectrum.vectors import NON_FINITE, product, remove_components, wide_dtype, working_dtype
 
-# A pass that took no more than this part of a vector leaves it orthogonal to so many roundings.
-SMALL_PART = 1e-2
+# Of what the basis lacks in orthogonality, a new vector takes over as large a part as the last pass took of it. Up to
+# this one it needs no other pass.
+SMALL_PART = 0.1
 
 
 class Subspace:
@@ -117,27 +118,26 @@ class Subspace:
     def _orthogonalise(self, fresh: Tensor, basis: Tensor) -> Tensor:
         """Take from the product with the first pending direction what the basis has of it, in place.
 
-        What the processed vectors have is known by symmetry, and is zero but for a few of them. One pass against the
-        whole basis then only has rounding to remove, and another one follows where it found more than that: all that
-        is there of the other pending directions, what breaks the symmetry, or rounding that is large beside what is
-        left.
+        What the processed vectors have is known by symmetry, and is zero but for a few of them; there are few pending
+        ones. Once both are gone, one pass against the whole basis has only rounding to remove. Another one follows
+        where it found more than that: what breaks the symmetry, or rounding that is large beside what is left.
 
         Returns:
             The components ``[n + b]`` and the length of the rest, in float64 on the CPU.
         """
-        n, space = self.processed, self.operator.space
-        known = self.coupling[0]
-        first = int(known.ne(0).nonzero()[0]) if bool(known.any()) else n
+        n, space, wide = self.processed, self.operator.space, wide_dtype(fresh.device)
+        coupled = self.coupling[0].nonzero()
+        first = int(coupled[0]) if len(coupled) else n
+        known = torch.zeros(len(basis), dtype=self.dtype, device=fresh.device)
         if first < n:
-            fresh.addmv_(basis[first:n].T, known[first:].to(fresh), alpha=-1)
-        taken = torch.zeros(len(basis), dtype=self.dtype, device=fresh.device)
-        taken[first:n] = known[first:]
-        taken[n] = remove_components(space, fresh, basis[n : n + 1])[0]
-        components = taken.double()
+            known[first:n] = self.coupling[0, first:]
+            fresh.addmv_(basis[first:n].T, known[first:n], alpha=-1)
+        known[n:] = remove_components(space, fresh, basis[n:])
+        components = known.to(wide)
         for _ in range(2):
-            found = remove_components(space, fresh, basis).double()
+            found = remove_components(space, fresh, basis).to(wide)
             components += found
-            column = torch.cat([components, torch.stack([self._length(fresh).double(), found.norm()])]).cpu()
+            column = torch.cat([components, torch.stack([self._length(fresh).to(wide), found.norm()])]).cpu().double()
             if not bool(column.isfinite().all()):
                 raise NonFiniteError(NON_FINITE)
             if column[-1] <= SMALL_PART * column[-2]:
