@@ -101,7 +101,10 @@ def test_live_bytes_sees_backward_passes_and_their_graphs() -> None:
         assert forward >= w.nbytes
 
 
-@pytest.mark.parametrize(("count", "expected"), [(1, (1, 1)), (2, (1, 2)), (8, (2, 8)), (32, (8, 32)), (9999, (8, 32))])
+@pytest.mark.parametrize(
+    ("count", "expected"),
+    [(1, (1, 1)), (2, (1, 2)), (3, (1, 3)), (4, (2, 4)), (8, (2, 8)), (32, (8, 32)), (9999, (8, 32))],
+)
 def test_two_sizes_of_graphs_are_tried_from_two_samples_on(count: int, expected: tuple[int, int]) -> None:
     """A share that belongs to no sample would else be counted once for each further batch."""
     assert calibration(count, cut=True) == expected

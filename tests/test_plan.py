@@ -195,7 +195,7 @@ def test_what_little_memory_leaves_over_is_merged_up_to_its_share_of_it() -> Non
     assert set(plan.rebuilt) == {10}
 
 
-@pytest.mark.parametrize(("samples", "checked"), [(64, 8), (2, 1), (1, 1)])
+@pytest.mark.parametrize(("samples", "checked"), [(64, 8), (5, 2), (2, 1), (1, 1)])
 def test_the_symmetry_is_checked_once_on_a_few_samples(
     samples: int, checked: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -212,6 +212,26 @@ def test_the_symmetry_is_checked_once_on_a_few_samples(
     Hessian(objective) @ torch.ones(objective.parameters.size, dtype=torch.float64)
     Hessian(objective, memory=0)
     assert seen == [checked]
+
+
+class Squeezed(nn.Module):
+    """One number for each sample, and none of its own for a batch of one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x.tanh()).squeeze()
+
+
+@pytest.mark.parametrize("samples", [2, 3, 4, 5, 7, 8, 33])
+def test_a_net_that_squeezes_a_batch_of_one_is_measured_in_batches_of_any_other_size(samples: int) -> None:
+    torch.manual_seed(0)
+    model, x, y = Squeezed(), images(samples)[0], torch.rand(samples)
+    hessian = Hessian(Objective(model, nn.BCEWithLogitsLoss(), (x, y)))
+    assert hessian.plan is not None
+    assert hessian.plan.kept == (samples,)
 
 
 def rolled(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:

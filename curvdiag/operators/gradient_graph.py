@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from curvdiag.operators.kept_graph import watched_hooks
-from curvdiag.operators.meeting import Meeting
+from curvdiag.operators.kinks import masked, without_zeros
+from curvdiag.operators.meeting import Meeting, Met
 from curvdiag.operators.output_products import OutputProducts
 from curvdiag.operators.outputs import Outputs, caught_outputs, check_only_way
 from curvdiag.operators.second_derivative import (
@@ -49,21 +50,29 @@ class GradientGraph(OutputProducts):
         if not self.checked:
             rerun = lambda: self.objective.totals(self.batch, self.dtype)  # noqa: E731
             self.suspicious = check_nodes(self.objective, loss, live, rerun)
-        gradients = self._gradients(loss, outputs)
+        gradients = self._gradients(loss, outputs, zeros=self.recomputes)
         if not self.checked:
             self._check_finite(loss, gradients)
-            self._check_constant(gradients)
+            if self.masked and self._constant(gradients):
+                # What depends on a parameter through a mask alone is with its zeros not taken for a missing derivative.
+                gradients = self._gradients(loss, outputs, zeros=True)
+            check_truly_zero(self.objective, self.weights, [self.batch], self._constant(gradients), self.dtype)
         self._take_edges(gradients)
         self.totals = get_gradient_edge(totals) if totals.requires_grad else None
 
-    def _gradients(self, loss: Tensor, outputs: Outputs) -> tuple[Tensor | None, ...]:
-        """The gradient by parameter, as a graph; where it passes the model's outputs is noted."""
+    def _gradients(self, loss: Tensor, outputs: Outputs, *, zeros: bool) -> tuple[Tensor | None, ...]:
+        """The gradient by parameter, as a graph; where it passes the model's outputs is noted.
+
+        Args:
+            zeros: Masks keep their derivatives, tensors of zeros.
+        """
         self.outputs, self.output = outputs, outputs.edge if outputs.calls == 1 else None
         if outputs.value is not None:
             self.shape = outputs.value = outputs.value.new_empty(outputs.value.shape, device="meta")
         wanted: tuple[Any, ...] = (*self.weights.chosen, *(() if self.output is None else (self.output,)))
         self.meeting = Meeting(loss)
-        with self.meeting.noted():
+        self.masked = [] if zeros else masked(self.meeting.nodes)
+        with self.meeting.noted(), without_zeros(self.masked):
             gradients = torch.autograd.grad(loss, wanted, create_graph=True, allow_unused=True)
         self.entries = self.meeting.entries
         slope = None if self.output is None else gradients[-1]
@@ -75,40 +84,43 @@ class GradientGraph(OutputProducts):
             check_against_differences(self.objective, self.weights, self.batch, self.dtype, self.whole)
         known = self.objective.__dict__
         if not known.get("_symmetric"):
-            known["_meets"] = {self.dtype: self._meets()}
-            known["_symmetric"] = known["_meets"][self.dtype] or check_symmetry(self.objective, self.dtype, self.whole)
+            met = self._meets()
+            known["_meets"] = {self.dtype: met}
+            known["_symmetric"] = met is not None or check_symmetry(self.objective, self.dtype, self.whole)
 
-    def _meets(self) -> bool:
-        """Whether ``u . H v`` from a product is ``v . H u`` from half of one, to half of the digits.
+    def _meets(self) -> Met | None:
+        """What walks that are cut leave, if ``u . H v`` is ``v . H u`` from half a product, to half of the digits.
 
-        Where it is not, either may be wrong, or there is nothing to see: products alone will tell.
+        None: either may be wrong, or there is nothing to see, and products alone will tell.
         """
         if self.recomputes or not self.meeting.possible:
-            return False
+            return None
         chosen, everything = self.weights.chosen, range(len(self.edges))
         u, v = (self._parts(row) for row in random_pair(self.objective, self.dtype))
         backward = functools.partial(self._backward, keep=True)
         with numerics(self.objective.device):
             terms = self._terms(v, everything)
             if not terms:
-                return False
+                return None
             products, motions = self.meeting.product(backward, terms, chosen)
             self._check_reached(products, everything)
             if all(part is None for part in products):
-                return False
+                return None
             try:
                 with self.walking:
-                    left, _ = self.meeting.half(backward, self._terms(u, everything), chosen, ())
+                    left, own = self.meeting.half(backward, self._terms(u, everything), chosen, motions, sparing=False)
             except Exception:  # what a user's hook on a tensor says to a walk that is cut may be anything
-                return False
+                return None
             forth, back = dots_of_parts(list(zip(products, u, strict=True))), left.meets(motions, v)
-            scale = float(dots_of_parts([(part, part) for part in products])) ** 0.5
-        return back is not None and abs(float(forth - back)) < torch.finfo(u[0].dtype).eps ** 0.5 * scale
+            norms = torch.stack([part.norm() for part in products if part is not None])
+            leeway = float(norms.norm()) * torch.finfo(u[0].dtype).eps ** 0.5
+            if back is None or not abs(float(forth - back)) < leeway:
+                return None
+            return Met(left.met, self.meeting.twins_agree(left, own, chosen, u, leeway), self.meeting.operations)
 
-    def _check_constant(self, gradients: Sequence[Tensor | None]) -> None:
-        """The gradient is constant only in parameters whose second derivative is truly zero."""
-        constant = [i for i, g in enumerate(gradients) if g is not None and not g.requires_grad and self.nonzero[i]]
-        check_truly_zero(self.objective, self.weights, [self.batch], constant, self.dtype)
+    def _constant(self, gradients: Sequence[Tensor | None]) -> list[int]:
+        """Parameters in which the gradient is constant, and not zero; their second derivative has to be."""
+        return [i for i, g in enumerate(gradients) if g is not None and not g.requires_grad and self.nonzero[i]]
 
     def multiply(
         self, vectors: Sequence[Tensor], positions: Sequence[int], *, keep: bool, batched: bool = False
@@ -126,13 +138,13 @@ class GradientGraph(OutputProducts):
         self, vectors: Sequence[Tensor], positions: Sequence[int], *, keep: bool, batched: bool = False
     ) -> Tensor | None:
         """``v^T H v`` for a vector that is zero outside ``positions``; from half a product once that is known to do."""
-        terms, meets = self._terms(vectors, positions), self.objective.__dict__.get("_meets", {}).get(self.dtype)
-        if terms and meets and self.meeting.possible and (self.checked or self.reaches.issuperset(positions)):
+        terms, known = self._terms(vectors, positions), self.objective.__dict__.get("_meets", {}).get(self.dtype)
+        if terms and known is not None and self.meeting.possible and self._reaches(positions, known):
             backward = functools.partial(self._backward, keep=True, batched=batched)
             leaves = [self.weights.chosen[i] for i in positions]
             try:
                 with self.walking:
-                    found = self.meeting.form(backward, terms, leaves, vectors, positions, batched=batched)
+                    found = self.meeting.form(backward, terms, leaves, vectors, positions, known, batched=batched)
             except (MemoryError, torch.OutOfMemoryError):
                 raise
             except Exception:  # a hook, say, that the graph of the check had not; other errors a product raises too
@@ -141,6 +153,12 @@ class GradientGraph(OutputProducts):
                 return found
             self.meeting.possible = False
         return super().form(vectors, positions, keep=keep, batched=batched)
+
+    def _reaches(self, positions: Sequence[int], known: Met) -> bool:
+        """Whether no derivative in the parameters at ``positions`` is missing, as far as is known without a product."""
+        if not self.checked and all(self.edges):
+            self.checked = known.operations == self.meeting.operations
+        return self.checked or self.reaches.issuperset(positions)
 
     def gauss_newton(
         self, vectors: Sequence[Tensor], positions: Sequence[int], *, keep: bool, batched: bool = False

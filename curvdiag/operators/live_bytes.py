@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -32,13 +33,18 @@ class LiveBytes(Watching):
         self._found: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        there = {tensor.untyped_storage()._cdata for tensor in _strided((args, kwargs))}
-        result = func(*args, **kwargs)
-        for tensor in _strided(result):
+        result = func(*args, **(kwargs or {}))
+        if _gives_views(func):
+            fresh: Iterable[Tensor] = ()
+        elif func.namespace == "aten":
+            fresh = _strided(result)
+        else:  # whose signature may not say what it hands through
+            there = {tensor.untyped_storage()._cdata for tensor in _strided((args, kwargs))}
+            fresh = (tensor for tensor in _strided(result) if tensor.untyped_storage()._cdata not in there)
+        for tensor in fresh:
             storage = tensor.untyped_storage()
             # A storage that is watched keeps its place in memory, so that no other takes its number.
-            if storage._cdata not in there and storage._cdata not in self._found:
+            if storage._cdata not in self._found:
                 self._found[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
         if self.recording:  # looking for what has gone after each operation takes time
             self.history.append(self.now())
@@ -58,13 +64,20 @@ class LiveBytes(Watching):
         self.history = [self.now()]
 
 
+@functools.cache
+def _gives_views(function: Any) -> bool:
+    """Whether an operation gives what it took, or views of that."""
+    aliases = [returned.alias_info is not None for returned in function._schema.returns]
+    return any(aliases) or function is torch.ops.aten._unsafe_view.default
+
+
 def _strided(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         if value.device.type != "meta" and value.layout == torch.strided:
             yield value
-    elif isinstance(value, Mapping):
-        for part in value.values():
-            yield from _strided(part)
-    elif isinstance(value, Sequence) and not isinstance(value, str):
+    elif isinstance(value, tuple | list):  # what operations take and give
         for part in value:
+            yield from _strided(part)
+    elif isinstance(value, dict):
+        for part in value.values():
             yield from _strided(part)

@@ -10,16 +10,19 @@ products of 6.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from curvdiag.operators.bilinear import Place, Twins, twins
+from curvdiag.operators.kinks import masked
 from curvdiag.operators.second_derivative import walk
 from curvdiag.space.inner_products import dots_of_parts
 
@@ -31,26 +34,58 @@ Motions = Mapping[int, Tensor | None]
 """How activations move along a vector, by their index; None is not at all."""
 
 
+class Met(NamedTuple):
+    """What walks that are cut are known to leave.
+
+    Attributes:
+        left: Activations at which something is left.
+        sparing: Whether twins may be spared.
+        operations: Those of the loss's graph that was walked, in order. In another graph of the same ones all that was
+            reached is reached again.
+    """
+
+    left: Sequence[int]
+    sparing: bool
+    operations: Sequence[str]
+
+
 @dataclass(frozen=True)
 class Left:
-    """What the first walk of a product leaves, at each activation and at the parameters; None is zero."""
+    """What the first walk of a product leaves, at each activation and at the parameters; None is zero, or spared.
 
-    activations: tuple[Tensor | None, ...]
-    parameters: tuple[Tensor | None, ...]
+    Attributes:
+        twice: Of the activations, and of the parameters, those that count twice since their twins are spared.
+    """
+
+    activations: Sequence[Tensor | None]
+    parameters: Sequence[Tensor | None]
+    twice: tuple[frozenset[int], frozenset[int]] = (frozenset(), frozenset())
+
+    @property
+    def met(self) -> list[int]:
+        """Activations at which something is left."""
+        return [i for i, part in enumerate(self.activations) if part is not None]
 
     def meets(self, motions: Motions, vectors: Sequence[Tensor], *, batched: bool = False) -> Tensor | None:
-        """The inner product with the vector that makes these motions; None where one of them is not known."""
-        met = [i for i, part in enumerate(self.activations) if part is not None]
-        if any(i not in motions for i in met):
+        """The inner product with the vector that makes these motions; None where one of them is not known.
+
+        Where twins are spared it has to be the vector that left this.
+        """
+        if any(i not in motions for i in self.met):
             return None
-        pairs = [(self.activations[i], motions[i]) for i in met]
-        return dots_of_parts([*pairs, *zip(self.parameters, vectors, strict=True)], batched=batched)
+        pairs = [(self.activations[i], motions[i], i in self.twice[0]) for i in self.met]
+        pairs += [(one, v, i in self.twice[1]) for i, (one, v) in enumerate(zip(self.parameters, vectors, strict=True))]
+        total = dots_of_parts([(None if twice else one, other) for one, other, twice in pairs], batched=batched)
+        if again := [(one, other) for one, other, twice in pairs if twice and one is not None]:
+            total = total + 2 * dots_of_parts(again, batched=batched)
+        return total
 
 
 class Meeting:
     """Where the activations are in the graph of a loss, and where the gradients in them are in the gradient's graph.
 
     Attributes:
+        nodes: The loss's graph.
         activations: Where each is in the loss's graph: there arrives what operations leave at it.
         slopes: Where the gradient in it is: there arrives how it moves. None where that gradient is constant.
         entries: Of a mean activation.
@@ -60,11 +95,24 @@ class Meeting:
     def __init__(self, loss: Tensor) -> None:
         self.activations: list[GradientEdge] = []
         self.slopes: list[GradientEdge | None] = []
-        self._nodes = [node for node in walk(loss.grad_fn, set()) if not hasattr(node, "variable")]
+        self.nodes = [node for node in walk(loss.grad_fn, set()) if not hasattr(node, "variable")]
         # A custom function, or a hook on a module, may make anything of a walk that is cut.
-        self.possible = not any(isinstance(node, BackwardCFunction) for node in self._nodes)
+        self.possible = not any(isinstance(node, BackwardCFunction) for node in self.nodes)
         self.entries = 0.0
         self._met: dict[tuple[int, ...], list[int]] = {}
+
+    @property
+    def operations(self) -> list[str]:
+        """Names of the nodes of the loss's graph, in order."""
+        return [node.name() for node in self.nodes]
+
+    @functools.cached_property
+    def _twins(self) -> Twins:
+        return twins(self.nodes, masked(self.nodes))
+
+    @functools.cached_property
+    def _spared(self) -> frozenset[int]:
+        return _among(self._twins.spared, self.activations)
 
     def noted(self) -> AbstractContextManager[None]:
         """Note both while the gradient's graph is built."""
@@ -84,7 +132,7 @@ class Meeting:
                 self.slopes.append(edge)
             return tuple(own)
 
-        return _before(self._nodes, note)
+        return _before(self.nodes, note)
 
     def product(
         self, backward: Backward, terms: Terms, leaves: Sequence[Tensor]
@@ -95,14 +143,40 @@ class Meeting:
         return found[len(ways) :], dict(zip(ways, found, strict=False))
 
     def half(
-        self, backward: Backward, terms: Terms, leaves: Sequence[Tensor], moving: Sequence[int]
+        self, backward: Backward, terms: Terms, leaves: Sequence[Tensor], moving: Iterable[int], *, sparing: bool
     ) -> tuple[Left, Motions]:
-        """The first walk alone, and how the activations in ``moving`` move."""
-        ways, count = self._ways(moving), len(self.activations)
-        with _before(self._nodes, lambda node, gradients: (None,) * len(gradients)):
-            found = backward(terms, [*self.activations, *leaves, *ways.values()])
-        end = count + len(leaves)
-        return Left(found[:count], found[count:end]), dict(zip(ways, found[end:], strict=True))
+        """The first walk alone, and how the activations in ``moving`` move.
+
+        Args:
+            sparing: Leave out twins, which neither motions nor what is left are kept of.
+        """
+        count, out = len(self.activations), self._spared if sparing else frozenset()
+        wanted, ways = [i for i in range(count) if i not in out], self._ways([i for i in moving if i not in out])
+        with _before(self.nodes, lambda node, gradients: (None,) * len(gradients)):
+            found = iter(backward(terms, [*(self.activations[i] for i in wanted), *leaves, *ways.values()]))
+        at = {i: next(found) for i in wanted}
+        left = Left([at.get(i) for i in range(count)], [next(found) for _ in leaves])
+        return self.spared(left, leaves) if sparing else left, {i: next(found) for i in ways}
+
+    def spared(self, left: Left, leaves: Sequence[Tensor]) -> Left:
+        """The same without those whose twins count twice."""
+        kept = [None if i in self._spared else part for i, part in enumerate(left.activations)]
+        places = self.activations, [get_gradient_edge(leaf) for leaf in leaves]
+        first, second = (_among(self._twins.twice, edges) for edges in places)
+        return Left(kept, left.parameters, (first, second))
+
+    def twins_agree(
+        self, left: Left, motions: Motions, leaves: Sequence[Tensor], vectors: Sequence[Tensor], leeway: float
+    ) -> bool:
+        """Whether what may be spared is as much as what then counts twice, for the vector that left this."""
+        with_twins = self.spared(left, leaves)
+        one = [(left.activations[i], motions[i]) for i in self._spared if i in motions]
+        other = [(left.activations[i], motions[i]) for i in with_twins.twice[0] if i in motions]
+        other += [(left.parameters[i], vectors[i]) for i in with_twins.twice[1]]
+        if len(one) < sum(left.activations[i] is not None for i in self._spared):
+            return False
+        nothing = (None, vectors[0])
+        return abs(float(dots_of_parts([*one, nothing]) - dots_of_parts([*other, nothing]))) < leeway
 
     def form(
         self,
@@ -111,21 +185,31 @@ class Meeting:
         leaves: Sequence[Tensor],
         vectors: Sequence[Tensor],
         positions: Sequence[int],
+        known: Met,
         *,
         batched: bool,
     ) -> Tensor | None:
-        """``v^T H v`` over the parameters at ``positions``; None where an activation's motion is not known."""
-        # Where nothing is left nobody asks for the motion. That is known once one vector went through.
-        inside, everywhere = tuple(positions), range(len(self.slopes))
+        """``v^T H v`` over the parameters at ``positions``; None where an activation's motion is not known.
+
+        Args:
+            known: What was left on a graph of other samples.
+        """
+        # Where nothing is left nobody asks for the motion, which would be kept until the end.
+        inside, expected = tuple(positions), [i for i in known.left if i < len(self.slopes)]
         while True:
-            moving = self._met.get(inside, everywhere)
-            left, motions = self.half(backward, terms, leaves, moving)
-            self._met[inside] = [i for i in everywhere if left.activations[i] is not None]
-            if set(self._met[inside]) <= set(moving):
+            moving = self._met.get(inside, expected)
+            left, motions = self.half(backward, terms, leaves, moving, sparing=known.sparing)
+            self._met[inside] = left.met
+            if set(left.met) <= set(moving):
                 return left.meets(motions, vectors, batched=batched)
 
-    def _ways(self, moving: Sequence[int]) -> dict[int, GradientEdge]:
+    def _ways(self, moving: Iterable[int]) -> dict[int, GradientEdge]:
         return {i: slope for i in moving if (slope := self.slopes[i]) is not None}
+
+
+def _among(places: frozenset[Place], edges: Sequence[GradientEdge]) -> frozenset[int]:
+    """Which of the edges are there."""
+    return frozenset(i for i, edge in enumerate(edges) if (edge.node, edge.output_nr) in places)
 
 
 @contextmanager

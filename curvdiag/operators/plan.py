@@ -192,7 +192,8 @@ def calibration(count: int, *, cut: bool) -> tuple[int, int]:
     if not cut:
         return count, count
     many = min(CALIBRATION[1], count)
-    return max(1, min(CALIBRATION[0], many // 4)), many
+    # A single sample may lose its dimension on the way; where halves of a batch were one, it is known not to.
+    return (max(2, min(CALIBRATION[0], many // 4)) if many > 3 else 1), many
 
 
 def through(few: int, little: float, many: int, much: float) -> GraphBytes:

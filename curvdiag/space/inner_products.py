@@ -19,9 +19,7 @@ def wide_dtype(device: torch.device) -> torch.dtype:
 
 def row_dots(x: Tensor, y: Tensor) -> Tensor:
     """Inner products ``[k]`` of corresponding rows, without temporaries, added up in float64."""
-    wide = wide_dtype(x.device)
-    piece = PIECE if x.device.type == "cpu" and x.dtype == torch.float32 else max(1, x.shape[1])
-    return torch.stack([_dot(x[i], y[i], piece, wide) for i in range(len(x))])
+    return torch.stack([_sum(_pieces(x[i], y[i])) for i in range(len(x))])
 
 
 def cross_products(x: Tensor, y: Tensor) -> Tensor:
@@ -38,18 +36,24 @@ def dots_of_parts(pairs: Sequence[tuple[Tensor | None, Tensor | None]], *, batch
         batched: The tensors hold parts of several vectors, along a first dimension more, and so does the result.
     """
     some = next(one for pair in pairs for one in pair if one is not None)
-    count = len(some) if batched else 1
-    total = torch.zeros(count, dtype=wide_dtype(some.device), device=some.device)
+    rows = range(len(some) if batched else 1)
+    found: list[list[Tensor]] = [[some.new_zeros((), dtype=torch.float32)] for _ in rows]
     for x, y in pairs:
         if x is not None and y is not None:
             # The inner product of half precision would be rounded to it.
             exact = x.dtype if x.dtype in (torch.float32, torch.float64) else torch.float32
-            total += row_dots(x.reshape(count, -1).to(exact), y.reshape(count, -1).to(exact))
-    return total if batched else total[0]
+            left, right = x.reshape(len(rows), -1).to(exact), y.reshape(len(rows), -1).to(exact)
+            for i, pieces in enumerate(found):
+                pieces += _pieces(left[i], right[i])
+    return torch.stack([_sum(pieces) for pieces in found]) if batched else _sum(found[0])
 
 
-def _dot(x: Tensor, y: Tensor, piece: int, wide: torch.dtype) -> Tensor:
-    if len(x) <= piece:
-        return torch.dot(x, y).to(wide)
-    parts = [torch.dot(a, b) for a, b in zip(x.split(piece), y.split(piece), strict=True)]
-    return torch.stack(parts).sum(dtype=wide)
+def _pieces(x: Tensor, y: Tensor) -> list[Tensor]:
+    """Inner products of two vectors, piece by piece where that is more exact."""
+    if len(x) <= PIECE or x.dtype != torch.float32 or x.device.type != "cpu":
+        return [torch.dot(x, y)]
+    return [torch.dot(a, b) for a, b in zip(x.split(PIECE), y.split(PIECE), strict=True)]
+
+
+def _sum(pieces: list[Tensor]) -> Tensor:
+    return torch.stack(pieces).sum(dtype=wide_dtype(pieces[0].device))
