@@ -26,12 +26,12 @@ def digits() -> tuple[Tensor, Tensor]:
     return torch.tensor(data.data / 16, dtype=torch.float32), torch.tensor(data.target)
 
 
-def checkpoints(name: str, count: int, apart: int = 50) -> Iterator[nn.Sequential]:
+def checkpoints(name: str, count: int, apart: int = 50, seed: int = 1) -> Iterator[nn.Sequential]:
     """The net at ``count`` checkpoints; it is the same object each time, trained on between them."""
     activation, widths, options, before = NETS[name]
     inputs, targets = digits()
     with torch.random.fork_rng():
-        torch.manual_seed(1)
+        torch.manual_seed(seed)
         layers = [part for pair in itertools.pairwise(widths) for part in (nn.Linear(*pair), activation())]
     model, generator = nn.Sequential(*layers[:-1]), torch.Generator().manual_seed(0)
     optimizer = torch.optim.SGD(model.parameters(), **options)  # type: ignore[arg-type]

@@ -73,7 +73,7 @@ def twins(nodes: Sequence[Any], flat: Sequence[Any]) -> Twins:
 
     def fits(node: Any) -> bool:
         places = [node.next_functions[slot] for slot in pairs[node]]
-        return all(maker in silent or not _keeps_result(type(maker)) for maker, _ in places) and all(
+        return all(maker in silent or not _keeps_result(maker.__class__) for maker, _ in places) and all(
             user in silent or (user in pairs and pairs[user][which] == slot)
             for which, place in enumerate(places)
             for user, slot in users[place]

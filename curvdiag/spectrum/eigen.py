@@ -61,14 +61,14 @@ def top_eigenpairs(
     only from both random vectors.
 
     A single pair takes no look. A random start sees every eigenvalue, and a given one is mixed with a random
-    vector, so that it does too. From the eigenvector of a slightly different matrix it takes about two thirds of a
-    cold run's products at ``tol=1e-2`` and three quarters at 1e-3; where the leading eigenvector is a new one,
+    vector, so that it does too. From the eigenvector of a slightly different matrix it takes about three quarters of a
+    cold run's products, on some nets less and on others more; where the leading eigenvector is a new one,
     orthogonal to ``start``, it takes as many as a cold run. Both miss the largest eigenvalue about once in a
     hundred runs or less, with two exceptions. At ``tol=1e-2``, of two eigenvalues within a tenth of each other
     either takes the smaller for the largest in up to one run of thirty. And ``start`` may be exactly the
     eigenvector straight below it, which at ``tol=1e-2`` is then taken for the largest in about one run of twelve
-    where the largest is larger by half, in one of eight where it is by a seventh; at 1e-3 in one of a hundred and
-    of thirty. To be as sure as a cold run costs as much as one: ``check_multiplicity=True`` is, and misses one of a
+    where the largest is larger by half, in one of five where it is by a seventh; at 1e-3 in one of a hundred and
+    of fifteen. To be as sure as a cold run costs as much as one: ``check_multiplicity=True`` is, and misses one of a
     hundred.
 
     Args:
