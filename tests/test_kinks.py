@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from fnmatch import fnmatch
 from typing import Any
 from unittest import mock
 
@@ -13,7 +14,7 @@ import torch.utils.checkpoint
 from oracles import dense_hessian, relative
 from torch import Tensor, nn
 
-from curvdiag import Hessian, Objective
+from curvdiag import GaussNewton, Hessian, Objective
 from curvdiag.operators import gradient_graph
 from curvdiag.operators.watching import Watching
 
@@ -87,23 +88,87 @@ def test_a_product_makes_no_zeros_for_them(name):
     assert made[0] > made[1] == 0
 
 
-def test_a_hinge_and_a_sum_of_outputs_have_the_hessian_that_they_have():
-    """Gradients that depend on parameters through masks alone have no derivative, and none is missing."""
+SAMPLES = 4000
+"""So many that a step of any parameter takes some of them over a kink."""
+
+
+def critic() -> tuple[nn.Module, Tensor, Tensor]:
     torch.manual_seed(0)
-    x, y = torch.randn(40, 5).double(), torch.randn(40).sign().double()
+    model = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 1)).double()
+    return model, torch.randn(SAMPLES, 5).double(), torch.randn(SAMPLES).sign().double()
+
+
+@pytest.mark.parametrize("memory", [None, 0], ids=["kept", "rebuilt"])
+@pytest.mark.parametrize("params", ["*", "0.*", "0.bias", "2.*", "4.*"])
+@pytest.mark.parametrize("loss", ["sum", "hinge"])
+def test_what_depends_on_a_parameter_through_masks_alone_has_no_derivative_and_none_is_missing(loss, params, memory):
+    model, x, y = critic()
+
+    def criterion(outputs: Tensor, targets: Tensor) -> Tensor:
+        return outputs[:, 0] if loss == "sum" else F.relu(1 - targets * outputs[:, 0])
+
+    names = [name for name, _ in model.named_parameters() if fnmatch(name, params)]
+    truth = dense_hessian(model, lambda m: criterion(m(x), y).mean(), names)
+    hessian = Hessian(Objective(model, criterion, (x, y), params=params), memory=memory)
+    assert float((hessian.dense() - truth).norm()) <= 1e-12 * max(1.0, float(truth.norm()))
+    assert bool(truth.any()) is (params == "*")
+    assert hessian.unreached == []
+    vector = torch.ones(hessian.size, dtype=torch.float64)
+    assert float(hessian.quadratic_form(vector)) == pytest.approx(float(vector @ truth @ vector), rel=1e-11, abs=1e-12)
+
+
+def test_a_linear_classifier_under_a_hinge_and_a_penalty_with_a_kink() -> None:
+    _, x, y = critic()
+    torch.manual_seed(0)
     linear = nn.Linear(5, 1).double()
-    hinge = Hessian(Objective(linear, lambda o, t: F.relu(1 - t * o[:, 0]).mean(), (x, y)))
-    assert hinge.unreached == []
-    assert not hinge.dense().any()
-    model = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 1, bias=False)).double()
+    assert not Hessian(Objective(linear, lambda o, t: F.relu(1 - t * o[:, 0]).mean(), (x, y))).dense().any()
+
+    def loss(m: Any, batch: Any) -> Tensor:
+        return F.softplus(-batch[1] * m(batch[0])[:, 0]) + F.relu(m.weight).sum()
+
+    truth = dense_hessian(linear, lambda m: loss(m, (x, y)).mean())
+    assert relative(Hessian(Objective.from_loss(linear, loss, (x, y))).dense(), truth) < 1e-12
+
+
+def test_blocks_behind_masks_are_those_of_the_dense_hessian():
+    model, x, _ = critic()
     truth = dense_hessian(model, lambda m: m(x).mean())
-    assert truth.any()
-    for memory in (None, 0):
-        hessian = Hessian(Objective(model, lambda o, t: o.mean(1), (x, y)), memory=memory)
-        assert relative(hessian.dense(), truth) < 1e-12
-        block = hessian.block("0.*")
-        assert not block.dense().any()
-        assert relative(hessian.block(["0.weight", "2.*"]).dense(), _part(truth, model, [0, 2])) < 1e-12
+    hessian = Hessian(Objective(model, lambda o, t: o.mean(1), (x, x)))
+    assert not hessian.block("0.*").dense().any()
+    assert relative(hessian.block(["0.weight", "2.weight"]).dense(), _part(truth, model, [0, 2])) < 1e-12
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_the_gauss_newton_matrix_of_a_hinge_is_zero_on_either_graph(own):
+    model, x, y = critic()
+    objective = Objective(model, lambda o, t: F.relu(1 - t * o[:, 0]), (x, y))
+    matrix = GaussNewton(objective) if own else GaussNewton(objective, graphs=Hessian(objective))
+    assert not (matrix @ torch.ones(matrix.size, dtype=torch.float64)).any()
+
+
+class Hooked(nn.Module):
+    """Doubles what goes back through its ReLU, by a hook on its node."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(5, 6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.first(x))
+        if y.grad_fn is not None:
+            y.grad_fn.register_hook(lambda made, slopes: (2 * made[0],))
+        return self.last(y)
+
+
+def test_a_hook_of_the_users_on_such_a_node_is_heard():
+    torch.manual_seed(0)
+    model, x, y = Hooked().double(), torch.randn(9, 5).double(), torch.randint(4, (9,))
+    objective = Objective(model, nn.CrossEntropyLoss(), (x, y), params="first.*")
+    vector = torch.ones(objective.parameters.size, dtype=torch.float64)
+    product = Hessian(objective) @ vector
+    with with_zeros():
+        plain = Hessian(Objective(model, nn.CrossEntropyLoss(), (x, y), params="first.*"))
+        assert torch.equal(plain @ vector, product)
 
 
 def _part(matrix: Tensor, model: nn.Module, wanted: list[int]) -> Tensor:

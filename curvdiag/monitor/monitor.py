@@ -98,7 +98,7 @@ class CurvatureMonitor(Follower):
         strict: Raise what goes wrong instead of recording it.
         hessian: Further arguments of :class:`~curvdiag.operators.Hessian`.
         warm: Where no density is measured, look for ``lambda_max``, and always for the preconditioned one, from the
-            eigenvector of the last measurement, at about three quarters of the products: one more vector each. The first
+            eigenvector of the last measurement, at three quarters of the products or so: one more vector. The first
             measurement after a resume is a cold one, so its value may differ within ``tol``; a monitor that a schedule
             follows measures cold, so that a resumed run takes the same steps. Where a function hands the measurements
             to a schedule, give ``warm=False``.

@@ -74,7 +74,7 @@ class SymmetricOperator(abc.ABC):
     def quadratic_form(self, vectors: Tensor) -> Tensor:
         """``v^T H v`` in float64: a number for a vector ``[P]``, numbers ``[k]`` for the columns of ``[P, k]``.
 
-        For an exact Hessian this takes about 0.7 of a product's time where the second backward pass can
+        For an exact Hessian this takes about three quarters of a product's time where the second backward pass can
         stop half way: not with custom functions, checkpoints, hooks, complex numbers, or GroupNorm, nor compiled.
         For ``C`` and the Gauss-Newton matrix it takes about 0.6 of one. Everything else takes the product.
         """

@@ -37,6 +37,8 @@ class GradientGraph(OutputProducts):
     """The gradient of one group of samples as a function of weights and sample weights; its matrix is the Hessian."""
 
     way_checked = False
+    zeros = False
+    """Whether masks keep their derivatives, tensors of zeros."""
 
     def _build(self, live: Mapping[str, Tensor]) -> None:
         self.cleared: set[int] = set()
@@ -50,28 +52,21 @@ class GradientGraph(OutputProducts):
         if not self.checked:
             rerun = lambda: self.objective.totals(self.batch, self.dtype)  # noqa: E731
             self.suspicious = check_nodes(self.objective, loss, live, rerun)
-        gradients = self._gradients(loss, outputs, zeros=self.recomputes)
+        gradients = self._gradients(loss, outputs)
         if not self.checked:
             self._check_finite(loss, gradients)
-            if self.masked and self._constant(gradients):
-                # What depends on a parameter through a mask alone is with its zeros not taken for a missing derivative.
-                gradients = self._gradients(loss, outputs, zeros=True)
-            check_truly_zero(self.objective, self.weights, [self.batch], self._constant(gradients), self.dtype)
+            self._check_constant(gradients)
         self._take_edges(gradients)
         self.totals = get_gradient_edge(totals) if totals.requires_grad else None
 
-    def _gradients(self, loss: Tensor, outputs: Outputs, *, zeros: bool) -> tuple[Tensor | None, ...]:
-        """The gradient by parameter, as a graph; where it passes the model's outputs is noted.
-
-        Args:
-            zeros: Masks keep their derivatives, tensors of zeros.
-        """
+    def _gradients(self, loss: Tensor, outputs: Outputs) -> tuple[Tensor | None, ...]:
+        """The gradient by parameter, as a graph; where it passes the model's outputs is noted."""
         self.outputs, self.output = outputs, outputs.edge if outputs.calls == 1 else None
         if outputs.value is not None:
             self.shape = outputs.value = outputs.value.new_empty(outputs.value.shape, device="meta")
         wanted: tuple[Any, ...] = (*self.weights.chosen, *(() if self.output is None else (self.output,)))
         self.meeting = Meeting(loss)
-        self.masked = [] if zeros else masked(self.meeting.nodes)
+        self.masked = [] if self.recomputes or self.zeros or self.output is None else masked(self.output.node)
         with self.meeting.noted(), without_zeros(self.masked):
             gradients = torch.autograd.grad(loss, wanted, create_graph=True, allow_unused=True)
         self.entries = self.meeting.entries
@@ -108,19 +103,21 @@ class GradientGraph(OutputProducts):
                 return None
             try:
                 with self.walking:
-                    left, own = self.meeting.half(backward, self._terms(u, everything), chosen, motions, sparing=False)
+                    left, _ = self.meeting.half(backward, self._terms(u, everything), chosen, ())
             except Exception:  # what a user's hook on a tensor says to a walk that is cut may be anything
                 return None
             forth, back = dots_of_parts(list(zip(products, u, strict=True))), left.meets(motions, v)
-            norms = torch.stack([part.norm() for part in products if part is not None])
-            leeway = float(norms.norm()) * torch.finfo(u[0].dtype).eps ** 0.5
-            if back is None or not abs(float(forth - back)) < leeway:
-                return None
-            return Met(left.met, self.meeting.twins_agree(left, own, chosen, u, leeway), self.meeting.operations)
+            # Squares of half precision overflow in it.
+            norms = [p.norm(dtype=torch.promote_types(p.dtype, torch.float32)) for p in products if p is not None]
+            norm = float(torch.stack([part.float() for part in norms]).norm())
+        close = back is not None and abs(float(forth - back)) < torch.finfo(u[0].dtype).eps ** 0.5 * norm
+        # Of a parameter without a gradient here nothing is known of other samples.
+        return Met(left.met, self.meeting.operations if all(self.nonzero) else ()) if close else None
 
-    def _constant(self, gradients: Sequence[Tensor | None]) -> list[int]:
-        """Parameters in which the gradient is constant, and not zero; their second derivative has to be."""
-        return [i for i, g in enumerate(gradients) if g is not None and not g.requires_grad and self.nonzero[i]]
+    def _check_constant(self, gradients: Sequence[Tensor | None]) -> None:
+        """The gradient is constant only in parameters whose second derivative is truly zero."""
+        constant = [i for i, g in enumerate(gradients) if g is not None and not g.requires_grad and self.nonzero[i]]
+        check_truly_zero(self.objective, self.weights, [self.batch], constant, self.dtype)
 
     def multiply(
         self, vectors: Sequence[Tensor], positions: Sequence[int], *, keep: bool, batched: bool = False
@@ -156,6 +153,7 @@ class GradientGraph(OutputProducts):
 
     def _reaches(self, positions: Sequence[int], known: Met) -> bool:
         """Whether no derivative in the parameters at ``positions`` is missing, as far as is known without a product."""
+        # In a graph of the same operations, one after the other, all is reached that was reached in the checked one.
         if not self.checked and all(self.edges):
             self.checked = known.operations == self.meeting.operations
         return self.checked or self.reaches.issuperset(positions)
@@ -210,18 +208,39 @@ class GradientGraph(OutputProducts):
 
     def _check_missing(self, positions: Sequence[int]) -> None:
         """Parameters that a product did not reach: does any second derivative, if they have a gradient?"""
-        edges = [edge for edge in self.edges if edge is not None]
-        zeros = [torch.zeros_like(w) for w, edge in zip(self.weights.chosen, self.edges, strict=True) if edge]
+        straight: set[str] = self.objective.__dict__.setdefault("_behind_masks", set())
+        with_zeros: GradientGraph | None = None
         for i in positions:
-            if not self.nonzero[i] or i in self.cleared:
+            if not self.nonzero[i] or i in self.cleared or self.weights.names[i] in straight:
                 continue
-
-            def reach(i: int = i) -> tuple[Tensor | None, ...]:
-                leaf = self.weights.chosen[i]
-                return torch.autograd.grad(edges, [leaf], zeros, retain_graph=True, allow_unused=True)
-
-            with self.walking:
-                (found,) = self.objective.inside(self.weights, reach, twice=True)
-            if found is None:
+            reached = self._reached(i)
+            if not reached and self.masked:  # behind masks, whose derivatives are zeros, and not missing
+                make = functools.partial(WithZeros, self.objective, self.weights, self.batch, self.dtype)
+                with_zeros = with_zeros or make(trusted=True)
+                if reached := with_zeros._reached(i):
+                    straight.add(self.weights.names[i])
+            if not reached:
                 check_truly_zero(self.objective, self.weights, [self.batch], [i], self.dtype)
             self.cleared.add(i)
+
+    def _reached(self, i: int) -> bool:
+        """Whether any second derivative reaches a parameter."""
+        edges = [edge for edge in self.edges if edge is not None]
+        zeros = [torch.zeros_like(w) for w, edge in zip(self.weights.chosen, self.edges, strict=True) if edge]
+
+        def reach() -> tuple[Tensor | None, ...]:
+            leaf = self.weights.chosen[i]
+            return torch.autograd.grad(edges, [leaf], zeros, retain_graph=True, allow_unused=True)
+
+        with self.walking:
+            (found,) = self.objective.inside(self.weights, reach, twice=True)
+        return found is not None
+
+
+class WithZeros(GradientGraph):
+    """The same graph as PyTorch makes it, only to see what is reached."""
+
+    zeros = True
+
+    def _verify(self) -> None:
+        """Nothing: it makes no products."""

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvdiag.operators.second_derivative import walk
+
 _aten = torch.ops.aten
 
 
@@ -45,22 +47,28 @@ GRADIENTS: dict[str, Callable[[Any, Tensor], Tensor]] = {
 """The gradient in the input of such an operation, by the name of its node."""
 
 
-def masked(nodes: Sequence[Any]) -> list[Any]:
-    """Those of the nodes whose gradient has a mask."""
-    return [node for node in nodes if node.name() in GRADIENTS]
+def masked(output: Any) -> list[Any]:
+    """The nodes of a model whose gradient has a mask, from the node of its output on.
+
+    Those of the loss stay as they are: whether it has a second derivative at all is asked of its graph.
+    """
+    return [node for node in walk(output, set()) if node.name() in GRADIENTS]
 
 
 @contextmanager
 def without_zeros(masked: Sequence[Any]) -> Iterator[None]:
     """While it is open, a backward pass that makes a graph makes one without derivatives of the masks of these nodes.
 
-    What they have saved must be at hand: not be made again when it is asked for, as in a checkpoint.
+    What they have saved must be at hand: not be made again when it is asked for, as in a checkpoint. Where a hook of
+    the user's has changed a gradient it stays as it is.
     """
 
     def replaced(node: Any, made: Tensor | None, slope: Tensor | None) -> tuple[Tensor] | None:
-        if made is None or slope is None or not made.requires_grad or type(made) is not Tensor:
+        if made is None or slope is None or made.grad_fn is None or type(made) is not Tensor:
             return None
-        return (GRADIENTS[node.name()](node, slope),)
+        without = GRADIENTS[node.name()](node, slope)
+        same = without.grad_fn is not None and without.grad_fn.name() == made.grad_fn.name()
+        return (without,) if same else None
 
     handles = []
     try:

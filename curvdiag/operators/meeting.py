@@ -21,8 +21,6 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from curvdiag.operators.bilinear import Place, Twins, twins
-from curvdiag.operators.kinks import masked
 from curvdiag.operators.second_derivative import walk
 from curvdiag.space.inner_products import dots_of_parts
 
@@ -39,27 +37,19 @@ class Met(NamedTuple):
 
     Attributes:
         left: Activations at which something is left.
-        sparing: Whether twins may be spared.
-        operations: Those of the loss's graph that was walked, in order. In another graph of the same ones all that was
-            reached is reached again.
+        operations: Those of the loss's graph that was walked, as :attr:`Meeting.operations`.
     """
 
     left: Sequence[int]
-    sparing: bool
-    operations: Sequence[str]
+    operations: Sequence[object]
 
 
 @dataclass(frozen=True)
 class Left:
-    """What the first walk of a product leaves, at each activation and at the parameters; None is zero, or spared.
-
-    Attributes:
-        twice: Of the activations, and of the parameters, those that count twice since their twins are spared.
-    """
+    """What the first walk of a product leaves, at each activation and at the parameters; None is zero."""
 
     activations: Sequence[Tensor | None]
     parameters: Sequence[Tensor | None]
-    twice: tuple[frozenset[int], frozenset[int]] = (frozenset(), frozenset())
 
     @property
     def met(self) -> list[int]:
@@ -67,18 +57,11 @@ class Left:
         return [i for i, part in enumerate(self.activations) if part is not None]
 
     def meets(self, motions: Motions, vectors: Sequence[Tensor], *, batched: bool = False) -> Tensor | None:
-        """The inner product with the vector that makes these motions; None where one of them is not known.
-
-        Where twins are spared it has to be the vector that left this.
-        """
+        """The inner product with the vector that makes these motions; None where one of them is not known."""
         if any(i not in motions for i in self.met):
             return None
-        pairs = [(self.activations[i], motions[i], i in self.twice[0]) for i in self.met]
-        pairs += [(one, v, i in self.twice[1]) for i, (one, v) in enumerate(zip(self.parameters, vectors, strict=True))]
-        total = dots_of_parts([(None if twice else one, other) for one, other, twice in pairs], batched=batched)
-        if again := [(one, other) for one, other, twice in pairs if twice and one is not None]:
-            total = total + 2 * dots_of_parts(again, batched=batched)
-        return total
+        pairs = [(self.activations[i], motions[i]) for i in self.met]
+        return dots_of_parts([*pairs, *zip(self.parameters, vectors, strict=True)], batched=batched)
 
 
 class Meeting:
@@ -101,18 +84,11 @@ class Meeting:
         self.entries = 0.0
         self._met: dict[tuple[int, ...], list[int]] = {}
 
-    @property
-    def operations(self) -> list[str]:
-        """Names of the nodes of the loss's graph, in order."""
-        return [node.name() for node in self.nodes]
-
     @functools.cached_property
-    def _twins(self) -> Twins:
-        return twins(self.nodes, masked(self.nodes))
-
-    @functools.cached_property
-    def _spared(self) -> frozenset[int]:
-        return _among(self._twins.spared, self.activations)
+    def operations(self) -> list[object]:
+        """The loss's graph: each node by name, with the places of those that it follows; parameters have none."""
+        places = {node: place for place, node in enumerate(self.nodes)}
+        return [(node.name(), *((places.get(to), at) for to, at in node.next_functions)) for node in self.nodes]
 
     def noted(self) -> AbstractContextManager[None]:
         """Note both while the gradient's graph is built."""
@@ -143,40 +119,14 @@ class Meeting:
         return found[len(ways) :], dict(zip(ways, found, strict=False))
 
     def half(
-        self, backward: Backward, terms: Terms, leaves: Sequence[Tensor], moving: Iterable[int], *, sparing: bool
+        self, backward: Backward, terms: Terms, leaves: Sequence[Tensor], moving: Iterable[int]
     ) -> tuple[Left, Motions]:
-        """The first walk alone, and how the activations in ``moving`` move.
-
-        Args:
-            sparing: Leave out twins, which neither motions nor what is left are kept of.
-        """
-        count, out = len(self.activations), self._spared if sparing else frozenset()
-        wanted, ways = [i for i in range(count) if i not in out], self._ways([i for i in moving if i not in out])
+        """The first walk alone, and how the activations in ``moving`` move."""
+        ways, count = self._ways(moving), len(self.activations)
         with _before(self.nodes, lambda node, gradients: (None,) * len(gradients)):
-            found = iter(backward(terms, [*(self.activations[i] for i in wanted), *leaves, *ways.values()]))
-        at = {i: next(found) for i in wanted}
-        left = Left([at.get(i) for i in range(count)], [next(found) for _ in leaves])
-        return self.spared(left, leaves) if sparing else left, {i: next(found) for i in ways}
-
-    def spared(self, left: Left, leaves: Sequence[Tensor]) -> Left:
-        """The same without those whose twins count twice."""
-        kept = [None if i in self._spared else part for i, part in enumerate(left.activations)]
-        places = self.activations, [get_gradient_edge(leaf) for leaf in leaves]
-        first, second = (_among(self._twins.twice, edges) for edges in places)
-        return Left(kept, left.parameters, (first, second))
-
-    def twins_agree(
-        self, left: Left, motions: Motions, leaves: Sequence[Tensor], vectors: Sequence[Tensor], leeway: float
-    ) -> bool:
-        """Whether what may be spared is as much as what then counts twice, for the vector that left this."""
-        with_twins = self.spared(left, leaves)
-        one = [(left.activations[i], motions[i]) for i in self._spared if i in motions]
-        other = [(left.activations[i], motions[i]) for i in with_twins.twice[0] if i in motions]
-        other += [(left.parameters[i], vectors[i]) for i in with_twins.twice[1]]
-        if len(one) < sum(left.activations[i] is not None for i in self._spared):
-            return False
-        nothing = (None, vectors[0])
-        return abs(float(dots_of_parts([*one, nothing]) - dots_of_parts([*other, nothing]))) < leeway
+            found = backward(terms, [*self.activations, *leaves, *ways.values()])
+        end = count + len(leaves)
+        return Left(found[:count], found[count:end]), dict(zip(ways, found[end:], strict=True))
 
     def form(
         self,
@@ -198,18 +148,13 @@ class Meeting:
         inside, expected = tuple(positions), [i for i in known.left if i < len(self.slopes)]
         while True:
             moving = self._met.get(inside, expected)
-            left, motions = self.half(backward, terms, leaves, moving, sparing=known.sparing)
+            left, motions = self.half(backward, terms, leaves, moving)
             self._met[inside] = left.met
             if set(left.met) <= set(moving):
                 return left.meets(motions, vectors, batched=batched)
 
     def _ways(self, moving: Iterable[int]) -> dict[int, GradientEdge]:
         return {i: slope for i in moving if (slope := self.slopes[i]) is not None}
-
-
-def _among(places: frozenset[Place], edges: Sequence[GradientEdge]) -> frozenset[int]:
-    """Which of the edges are there."""
-    return frozenset(i for i, edge in enumerate(edges) if (edge.node, edge.output_nr) in places)
 
 
 @contextmanager
