@@ -12,6 +12,8 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from curvdiag import Hessian, Objective
+from curvdiag.errors import SecondDerivativeError
+from curvdiag.operators.gradient_graph import GradientGraph
 from curvdiag.operators.meeting import Meeting
 
 
@@ -149,3 +151,42 @@ def test_a_gradient_that_enters_another_one_is_told_apart_from_it(halves: mock.M
     truth = ((operator.dense() @ vectors) * vectors).sum(0)
     torch.testing.assert_close(operator.quadratic_form(vectors), truth, rtol=1e-9, atol=1e-10)
     assert halves.call_count == 3
+
+
+@pytest.fixture
+def products() -> Any:
+    """Counts products in graphs."""
+    with mock.patch.object(GradientGraph, "multiply", autospec=True, side_effect=GradientGraph.multiply) as counted:
+        yield counted
+
+
+def test_a_graph_like_the_checked_one_takes_no_product_before_its_first_form(halves: Any, products: Any) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 4)).double()
+    x, y = torch.randn(40, 5).double(), torch.randint(4, (40,))
+    hessian = Hessian(Objective(model, nn.CrossEntropyLoss(), (x, y)))
+    vector = torch.ones(hessian.size, dtype=torch.float64)
+    form = float(hessian.quadratic_form(vector))
+    assert (halves.call_count, products.call_count) == (1, 0)
+    assert form == pytest.approx(float(vector @ (hessian @ vector)), rel=1e-12)
+
+
+class Switching(nn.Module):
+    """Hides a derivative, but not in batches as small as that of the checks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.shift = nn.Linear(5, 4), nn.Parameter(torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        cube = self.shift**3 if len(x) < 9 else self.shift.detach() ** 2 * self.shift
+        return self.layer(x) + cube
+
+
+def test_a_graph_of_other_operations_is_looked_at_before_its_first_form(products: Any) -> None:
+    torch.manual_seed(0)
+    model, x = Switching().double(), torch.randn(40, 5).double()
+    hessian = Hessian(Objective(model, lambda outputs, targets: outputs.sum(1), (x, x)))
+    with pytest.raises(SecondDerivativeError, match="shift"):
+        hessian.quadratic_form(torch.ones(hessian.size, dtype=torch.float64))
+    assert products.called
