@@ -190,3 +190,18 @@ def test_a_graph_of_other_operations_is_looked_at_before_its_first_form(products
     with pytest.raises(SecondDerivativeError, match="shift"):
         hessian.quadratic_form(torch.ones(hessian.size, dtype=torch.float64))
     assert products.called
+
+
+def test_a_parameter_without_a_gradient_in_the_checked_samples_is_looked_at_in_the_others() -> None:
+    """A hidden derivative, where the first input of a sample is not zero."""
+    torch.manual_seed(0)
+    model, x = nn.Linear(5, 1).double(), torch.randn(40, 5).double()
+    model.shift = nn.Parameter(torch.ones(1).double())
+    x[:8, 0] = 0
+
+    def loss(m: Any, batch: Tensor) -> Tensor:
+        return nn.functional.softplus(m(batch))[:, 0] + batch[:, 0] * m.shift.detach() ** 2 * m.shift
+
+    hessian = Hessian(Objective.from_loss(model, loss, x))
+    with pytest.raises(SecondDerivativeError, match="shift"):
+        hessian.quadratic_form(torch.ones(hessian.size, dtype=torch.float64))

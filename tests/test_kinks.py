@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from fnmatch import fnmatch
 from typing import Any
 from unittest import mock
@@ -77,7 +78,7 @@ def test_the_hessian_is_the_dense_one_and_its_products_have_the_bits_of_graphs_w
 def test_a_product_makes_no_zeros_for_them(name):
     model, x, y = net(name)
     made = []
-    for context in (with_zeros(), mock.patch.object(gradient_graph, "masked", gradient_graph.masked)):
+    for context in (with_zeros(), nullcontext()):
         with context:
             hessian = Hessian(Objective(model, nn.CrossEntropyLoss(), (x, y)))
             vector = torch.ones(hessian.size, dtype=torch.float64)

@@ -32,31 +32,52 @@ def counted(hessian, **options):
 
 
 @pytest.mark.parametrize("name", NETS)
-def test_fifty_sgd_steps_later_it_takes_about_three_quarters_of_a_cold_runs_products(name):
-    """In the mean over ten checkpoints of each of four runs, and nowhere more than two products above.
-
-    Single runs take from 0.55 to 0.85: where the two largest eigenvalues change places, little is gained.
-    """
-    runs, cold, warm = range(4), {1e-2: [], 1e-3: []}, {1e-2: [], 1e-3: []}
-    for seed in runs:
-        last = {}
-        for at, model in enumerate(checkpoints(name, 11, seed=seed)):
-            hessian = hessian_of(model)
-            largest = float(top_eigenpairs(hessian, 1, tol=1e-6, seed=9, check_multiplicity=True).values[0])
-            if at == 10:
-                matrix = (hessian @ torch.eye(hessian.size)).double()
-                assert largest == pytest.approx(float(torch.linalg.eigvalsh((matrix + matrix.T) / 2)[-1]), rel=1e-5)
-            for tol in cold:
-                found = fresh = counted(hessian, tol=tol, seed=seed)
+def test_fifty_sgd_steps_later_it_takes_at_most_seven_tenths_of_a_cold_runs_products(name):
+    """Eight tenths at 1e-3, in the mean over ten checkpoints; and nowhere more than two products above."""
+    seeds, cold, warm, last = range(3), {1e-2: [], 1e-3: []}, {1e-2: [], 1e-3: []}, {}
+    for at, model in enumerate(checkpoints(name, 11)):
+        hessian = hessian_of(model)
+        largest = float(top_eigenpairs(hessian, 1, tol=1e-6, seed=9, check_multiplicity=True).values[0])
+        if at == 10:
+            matrix = (hessian @ torch.eye(hessian.size)).double()
+            assert largest == pytest.approx(float(torch.linalg.eigvalsh((matrix + matrix.T) / 2)[-1]), rel=1e-5)
+        for tol in cold:
+            for seed in seeds:
+                fresh = counted(hessian, tol=tol, seed=seed)
                 if at:
-                    found = counted(hessian, tol=tol, seed=seed, start=last[tol])
+                    found = counted(hessian, tol=tol, seed=seed, start=last[tol, seed])
                     cold[tol].append(fresh.matvecs)
                     warm[tol].append(found.matvecs)
                     assert float(found.values[0]) == pytest.approx(largest, rel=2 * tol)
-                last[tol] = found.vectors[:, 0]
-    assert np.mean(warm[1e-2]) <= 0.77 * np.mean(cold[1e-2])
+                    last[tol, seed] = found.vectors[:, 0]
+                else:
+                    last[tol, seed] = fresh.vectors[:, 0]
+    assert np.mean(warm[1e-2]) <= 0.7 * np.mean(cold[1e-2])
     assert np.mean(warm[1e-3]) <= 0.8 * np.mean(cold[1e-3])
     for tol in cold:
+        assert (np.array(warm[tol]) - np.array(cold[tol])).max() <= 2
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("name", "shares"), [("relu-sgd", {1e-2: 0.75, 1e-3: 0.8}), ("tanh-momentum", {1e-2: 0.75, 1e-3: 0.75})]
+)
+def test_over_several_runs_it_takes_three_quarters_in_the_mean(name, shares):
+    """Single runs take from 0.55 to 0.85: where the two largest eigenvalues change places, little is gained."""
+    cold, warm = {tol: [] for tol in shares}, {tol: [] for tol in shares}
+    for run in range(6):
+        last = {}
+        for model in checkpoints(name, 11, seed=run):
+            hessian = hessian_of(model)
+            for tol in shares:
+                found = fresh = counted(hessian, tol=tol, seed=run)
+                if tol in last:
+                    found = counted(hessian, tol=tol, seed=run, start=last[tol])
+                    cold[tol].append(fresh.matvecs)
+                    warm[tol].append(found.matvecs)
+                last[tol] = found.vectors[:, 0]
+    for tol, share in shares.items():
+        assert np.mean(warm[tol]) <= share * np.mean(cold[tol])
         assert (np.array(warm[tol]) - np.array(cold[tol])).max() <= 2
 
 
